@@ -96,11 +96,11 @@ async def stopped(server: ServerProcess, number: int) -> None:
 
 
 @asynccontextmanager
-async def program(*arguments: str) -> AsyncIterator[tuple[trio.Process, "Output"]]:
+async def program(*arguments: str, folder: Path = EXAMPLES) -> AsyncIterator[tuple[trio.Process, "Output"]]:
     """Run a Python program, and collect its output; the program is killed on leaving."""
     pipe = subprocess.PIPE
     command = python_command("-u", *arguments)
-    process = await trio.lowlevel.open_process(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=EXAMPLES)
+    process = await trio.lowlevel.open_process(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=folder)
     assert process.stdout is not None
     assert process.stdin is not None
     try:
@@ -480,8 +480,8 @@ async def test_the_terminal_chat_streams_resumes_stops_at_ctrl_c_and_survives_a_
     async with open_model() as model, contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(serving(tmp_path, model.url))
         proxy = await stack.enter_async_context(open_cutting_proxy(server.port, cut_after_seq=3))
-        arguments = ("chat.py", f"http://127.0.0.1:{proxy.port}", "me")
-        chat, output = await stack.enter_async_context(program(*arguments))
+        arguments = ("-m", "examples.chat", f"http://127.0.0.1:{proxy.port}", "me")
+        chat, output = await stack.enter_async_context(program(*arguments, folder=ROOT))
         assert chat.stdin is not None
         await chat.stdin.send_all(b"Hello\nCount\nAgain\n")
         reply = await model.asked("Hello")
