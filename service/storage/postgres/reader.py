@@ -1,12 +1,21 @@
 """A thread that reads: each step sees one snapshot."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import psycopg
 
-from service.storage.postgres.connections import BEGIN_SNAPSHOT, Db, Line, Opening, ends_connection, timeouts
+from service.storage.postgres.connections import (
+    BEGIN_SNAPSHOT,
+    Db,
+    Line,
+    Opening,
+    OutcomeUnknownError,
+    ends_connection,
+    timeouts,
+)
 from service.storage.postgres.faults import Faults
 from service.storage.postgres.running import RunningStep
 from service.storage.sql_thread import Step
@@ -66,4 +75,5 @@ class Reader:
         except BaseException:
             db.roll_back()
             raise
-        db.commit()
+        with suppress(OutcomeUnknownError):  # nothing was written, and the rows are here
+            db.commit()

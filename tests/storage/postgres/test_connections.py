@@ -85,6 +85,11 @@ async def test_a_read_of_many_steps_goes_on_over_a_connection_that_was_lost_befo
                 assert (await store.fork_session("s", at="t", copy_id="copy", now=T0)).message_count == 2
 
 
+async def test_a_read_is_answered_whatever_the_server_says_of_its_commit(store: PostgresStore) -> None:
+    """As an immediate shutdown does, whose warning may come with the answer to a commit."""
+    assert await store._read(lambda db: db.execute("COMMIT").statusmessage) == "COMMIT", "the second commit warns"
+
+
 async def test_a_search_whose_connection_is_lost_within_a_step_fails(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
