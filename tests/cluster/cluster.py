@@ -4,6 +4,7 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import trio
 
 from bench.server_process import Launch, ServerFailedError, ServerProcess, open_server, python_command
 from tests.cluster.calls import call
+from tests.cluster.certificates import peer_files
 from tests.cluster.checker import forbidden_lines
 from tests.cluster.database import Database
 from tests.cluster.history import Asked, Exited, History, Logged
@@ -43,23 +45,67 @@ class Door:
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Links:
+    """The network around a replica."""
+
+    door: Door
+    database: Link
+    peers: Link
+    peer_bind: Door
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"PEER_BIND": str(self.peer_bind), "PEER_URL": f"tls://127.0.0.1:{self.peers.port}"}
+
+
+@asynccontextmanager
+async def _open_links(database: Database) -> AsyncIterator[Links]:
+    # An address of its own: no connection of another program takes a port while no process listens.
+    host = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}.{secrets.randbelow(250) + 1}"
+    with socket.create_server((host, 0)) as first, socket.create_server((host, 0)) as second:
+        door, peer_bind = (Door(host, it.getsockname()[1]) for it in (first, second))
+    async with open_link(database.socket) as to_database, open_link((peer_bind.host, peer_bind.port)) as from_peers:
+        yield Links(door, to_database, from_peers, peer_bind)
+
+
+def makes_namespaces() -> bool:
+    """Whether this user may make namespaces of users. In one each, replicas count as on different machines."""
+    try:
+        return subprocess.run(["unshare", *_OF_USERS, "true"], check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+_OF_USERS = ("--user", "--map-root-user")
+
+
+def command() -> list[str]:
+    """The command of a replica: with TLS between replicas, where that can be."""
+    serve = python_command("-m", "service", "serve")
+    return ["unshare", *_OF_USERS, *serve] if makes_namespaces() else serve
+
 
 class Replica:
     """One place of the service, in which one process follows the other. ``supervise`` starts them.
 
     Attributes:
-        door: Stays the same across starts.
+        door: Stays the same across starts, as the links do.
+        link: To the database.
+        peers_link: From the other replicas.
         is_wanted: Whether the supervisor starts a process.
         at_rest: Set once no process runs any more, and none is wanted.
     """
 
-    def __init__(self, name: str, folder: Path, env: Mapping[str, str], link: Link, history: History) -> None:
+    def __init__(self, name: str, folder: Path, env: Mapping[str, str], links: "Links", history: History) -> None:
         self.name = name
-        self.link = link
-        # An address of its own: no connection of another program takes the port while no process listens.
-        host = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}.{secrets.randbelow(250) + 1}"
-        with socket.create_server((host, 0)) as probe:
-            self.door = Door(host, probe.getsockname()[1])
+        self.link = links.database
+        self.peers_link = links.peers
+        self.door = links.door
         self.is_wanted = True
         self.process: ServerProcess | None = None
         self.serving = trio.Event()
@@ -131,9 +177,9 @@ class Replica:
         self._starts += 1
         self._cause = "itself"
         env = {f"LASTCALL_{name}": value for name, value in (SETTINGS | dict(self._env)).items()}
-        env |= {"LASTCALL_BIND": f"{self.door.host}:{self.door.port}", "PYTHONDONTWRITEBYTECODE": ""}
+        env |= {"LASTCALL_BIND": str(self.door), "PYTHONDONTWRITEBYTECODE": ""}
         log_path = self._folder / f"{self.name}.{self._starts:03}.log"
-        process = self.process = ServerProcess(Launch(python_command("-m", "service", "serve"), env=env), log_path)
+        process = self.process = ServerProcess(Launch(command(), env=env), log_path)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._note_serving, process)
@@ -241,21 +287,24 @@ async def open_cluster(
     """Replicas that serve, each with a link of its own to the database.
 
     Args:
-        is_direct: Connect without links. They run in this process, so its load would be in what is measured.
+        is_direct: Connect to the database without links. They run in this process, so its load would be in what is
+            measured.
     """
     upstream = Upstream(folder)
     async with AsyncExitStack() as stack:
-        links = [await stack.enter_async_context(open_link(database.socket)) for _ in range(replicas)]
+        of_all = {"STORE_SCHEMA": schema}
+        of_all |= {name.upper(): path for name, path in peer_files(folder / "certificates").items()}
+        links = [await stack.enter_async_context(_open_links(database)) for _ in range(replicas)]
         async with trio.open_nursery() as nursery:
             try:
                 nursery.start_soon(upstream.supervise)
                 with trio.fail_after(START_S):
                     await upstream.serving.wait()
                 made: list[Replica] = []
-                for number, link in enumerate(links):
-                    store = database.url if is_direct else link.url
-                    env = {"STORE_URL": store, "STORE_SCHEMA": schema, "MODEL_URL": upstream.url} | settings
-                    made.append(Replica(f"replica-{number}", folder, env, link, history))
+                for number, around in enumerate(links):
+                    store_url = database.url if is_direct else around.database.store_url
+                    env = of_all | {"STORE_URL": store_url, "MODEL_URL": upstream.url} | around.settings | settings
+                    made.append(Replica(f"replica-{number}", folder, env, around, history))
                     nursery.start_soon(made[-1].supervise)
                 with trio.fail_after(START_S):
                     for replica in made:

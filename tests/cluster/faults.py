@@ -9,7 +9,7 @@ import trio
 
 from tests.cluster.cluster import Cluster, Replica
 from tests.cluster.history import Fault
-from tests.cluster.network import LinkState
+from tests.cluster.network import Link, LinkState
 
 DATABASE, UPSTREAM = "database", "upstream"
 MEND_S = 90
@@ -25,6 +25,8 @@ KINDS: Mapping[str, float] = {
     "link refused": 10,
     "link silent": 12,
     "link slow": 6,
+    "peers refused": 8,
+    "peers silent": 8,
     "database killed": 8,
     "database frozen": 8,
     "connections cut": 0,
@@ -32,7 +34,15 @@ KINDS: Mapping[str, float] = {
     "upstream killed": 0,
 }
 """The faults, and how long each lasts at most."""
-OF_REPLICAS = ("kill", "stop", "freeze", "link refused", "link silent", "link slow")
+OF_REPLICAS = ("kill", "stop", "freeze", "link refused", "link silent", "link slow", "peers refused", "peers silent")
+
+_STATES: Mapping[str, LinkState] = {
+    "link refused": "refused",
+    "link silent": "silent",
+    "link slow": "slow",
+    "peers refused": "refused",
+    "peers silent": "silent",
+}
 
 
 class Faults:
@@ -87,9 +97,8 @@ class Faults:
     def _begin(self, kind: str, target: str) -> AbstractAsyncContextManager[None]:
         cluster = self._cluster
         replica = next((it for it in cluster.replicas if it.name == target), cluster.replicas[0])
-        states: dict[str, LinkState] = {"link refused": "refused", "link silent": "silent", "link slow": "slow"}
-        if kind in states:
-            return _link(replica, states[kind])
+        if kind in _STATES:
+            return _link(replica.peers_link if kind.startswith("peers") else replica.link, _STATES[kind])
         return {
             "kill": lambda: _killed(replica),
             "stop": lambda: _stopped(replica),
@@ -132,13 +141,13 @@ async def _frozen(replica: Replica) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _link(replica: Replica, state: LinkState) -> AsyncIterator[None]:
-    await replica.link.set(state)
+async def _link(link: Link, state: LinkState) -> AsyncIterator[None]:
+    await link.set(state)
     try:
         yield
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-            await replica.link.set("up")
+            await link.set("up")
 
 
 @asynccontextmanager

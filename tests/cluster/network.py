@@ -1,4 +1,4 @@
-"""A link between a process and PostgreSQL that can be cut, stalled and slow, as a network can."""
+"""A link to PostgreSQL or to another replica that can be cut, stalled and slow, as a network can."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,18 +19,20 @@ class Link:
 
     Attributes:
         port: Where the process connects.
-        server: The socket of the database now, for new connections.
+        connections: How many it has passed on.
+        server: Where new connections lead to: a Unix socket, or a host and a port.
     """
 
-    def __init__(self, server: Path) -> None:
+    def __init__(self, server: Path | tuple[str, int]) -> None:
         self.port = 0
+        self.connections = 0
         self.server = server
         self._state: LinkState = "up"
         self._changed = trio.Event()
         self._open: set[trio.SocketStream] = set()
 
     @property
-    def url(self) -> str:
+    def store_url(self) -> str:
         """The database by way of this link."""
         return f"postgresql://lastcall@127.0.0.1:{self.port}/postgres?sslmode=disable&gssencmode=disable"
 
@@ -57,10 +59,14 @@ class Link:
             await trio.aclose_forcefully(client)
             return
         try:
-            server = await trio.open_unix_socket(str(self.server))
+            if isinstance(self.server, Path):
+                server = await trio.open_unix_socket(str(self.server))
+            else:
+                server = await trio.open_tcp_stream(*self.server)
         except OSError:
             await trio.aclose_forcefully(client)
             return
+        self.connections += 1
         self._open |= {client, server}
         try:
             async with client, server, trio.open_nursery() as nursery:
@@ -85,7 +91,7 @@ class Link:
 
 
 @asynccontextmanager
-async def open_link(server: Path) -> AsyncIterator[Link]:
+async def open_link(server: Path | tuple[str, int]) -> AsyncIterator[Link]:
     link = Link(server)
     async with trio.open_nursery() as nursery:
         serve = partial(trio.serve_tcp, link.serve, 0, host="127.0.0.1")

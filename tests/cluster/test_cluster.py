@@ -11,7 +11,7 @@ import trio
 
 from tests.cluster.chaos import Run, have_database, summary
 from tests.cluster.clients import Client, Load, View
-from tests.cluster.cluster import Cluster, open_cluster
+from tests.cluster.cluster import Cluster, makes_namespaces, open_cluster
 from tests.cluster.database import open_database
 from tests.cluster.faults import DATABASE, Faults
 from tests.cluster.history import Fault, History
@@ -38,21 +38,25 @@ async def test_replicas_that_die_and_stop_and_lose_their_database_break_no_promi
                 hit = await start_a_long_turn(cluster, load, nursery)
                 await faults.have("kill", "replica-0", 0)
                 await faults.have("link refused", "replica-1", 1)
+                await faults.have("peers silent", "replica-1", 1)
                 await faults.have("connections cut", DATABASE, 0.5)
                 await faults.have("database killed", DATABASE, 1)
                 await faults.have("stop", "replica-2", 0)
                 load.is_over = True
             await run.check(cluster)
+            forwarded = sum(replica.peers_link.connections for replica in cluster.replicas)
     assert run.broken == [], summary(run.history.facts, run.stored)
     assert {fact.kind for fact in run.history.facts if isinstance(fact, Fault)} == {
         "kill",
         "link refused",
+        "peers silent",
         "connections cut",
         "database killed",
         "stop",
     }
     ends = {turn.id: turn.reason for session in run.stored.sessions.values() for turn in session.turns}
     assert ends[hit] == "crash"
+    assert (forwarded > 0) == makes_namespaces(), "requests go from replica to replica, over TLS where that can be"
 
 
 async def start_a_long_turn(cluster: Cluster, load: Load, nursery: trio.Nursery) -> str:
