@@ -35,7 +35,9 @@ async function doStep({ LastcallError, Pages, TurnStream }, client, step, kept, 
     const args = (step.args ?? []).map((it) => filled(it, kept));
     const { abort_after: abortAfter } = step;
     const abort = new AbortController();
-    const options = { ...filledAll(inCamelCase(step.options ?? {}), kept), ...(abortAfter && { signal: abort.signal }) };
+    const options = filledAll(inCamelCase(step.options ?? {}), kept);
+    if (abortAfter || step.abort_on_wait) options.signal = abort.signal;
+    if (step.abort_on_wait) options.onWait = () => abort.abort();
     const made = client[camel(step.do)](...args, options);
     if (made instanceof TurnStream) {
       await read(made, step, abort, result, onEvent);

@@ -2,7 +2,8 @@
 
 A step is ``{"do": "stream", "args": ["me", "Hi"], "options": {…}, "as": "first"}``: a call of the client. A text
 ``$first.id`` in ``args`` stands for that field of an earlier result. ``leave_after`` leaves a stream after so many
-events, and with ``go_on`` reads on in another loop; ``abort_after`` cancels the reader, ``cancel_after`` the turn.
+events, and with ``go_on`` reads on in another loop; ``abort_after`` cancels the reader (``abort_on_wait``
+in a pause), ``cancel_after`` the turn.
 ``split`` and ``block_ms`` are for JavaScript.
 """
 
@@ -71,10 +72,13 @@ async def _do(client: Client, step: Mapping[str, Any], kept: dict[str, Any]) -> 
     result: dict[str, Any] = {}
     args = [_filled(it, kept) for it in step.get("args", ())]
     options = {name: _filled(it, kept) for name, it in step.get("options", {}).items()}
+    scope = anyio.CancelScope()
+    if "abort_on_wait" in step:
+        options["on_wait"] = lambda _: scope.cancel()
     try:
         made = getattr(client, step["do"])(*args, **options)
         if isinstance(made, TurnStream):
-            await _read(made, step, result)
+            await _read(made, step, result, scope)
             kept[step.get("as", "")] = {"id": made.turn_id, "session_id": made.session_id}
         else:
             result["value"] = await (made.collect() if isinstance(made, Pages) else made)
@@ -87,10 +91,10 @@ async def _do(client: Client, step: Mapping[str, Any], kept: dict[str, Any]) -> 
     return result
 
 
-async def _read(stream: TurnStream, step: Mapping[str, Any], result: dict[str, Any]) -> None:
+async def _read(stream: TurnStream, step: Mapping[str, Any], result: dict[str, Any], scope: anyio.CancelScope) -> None:
     events: list[Event] = []
     try:
-        with anyio.CancelScope() as scope:
+        with scope:
             async with stream:
                 async for event in stream:
                     events.append(event)

@@ -503,6 +503,12 @@ SCENARIOS: dict[str, Scenario] = {
     "a stream whose reader is cancelled is closed": Scenario(
         [hangs(RETRY + STARTED)], [{**SEND, "abort_after": 1}], [{"events": ALL[:1], "aborted": True}], [POST]
     ),
+    "a reader that is cancelled in a pause makes no other attempt": Scenario(
+        [refuses(503, "shutting_down", {"retry-after": "19"})],
+        [{**SEND, "abort_on_wait": True}],
+        [{"events": [], "aborted": True}],
+        [POST],
+    ),
     "an id that a URL cannot have is refused": Scenario(
         [no_answer],
         [{"do": "get_session", "args": [it]} for it in ("", ".", "..")],
