@@ -326,14 +326,17 @@ class PeerListener:
         for level, kind, data in more:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(data[: len(data) - len(data) % _DESCRIPTOR_BYTES])
-        if not descriptors:
+        hello = note[_NOTE_BYTES:]
+        is_ours = hmac.compare_digest(note[:_NOTE_BYTES], self._note_of(self._peer.instance, hello))
+        # Two fit into the room for one. Those of a process without the secret need not be sockets.
+        for descriptor in descriptors[1:] if is_ours else descriptors:
+            os.close(descriptor)
+        if not descriptors or not is_ours:
             return None
         tcp = trio.socket.from_stdlib_socket(socket.socket(fileno=descriptors[0]))
         opened = None
         try:
-            hello = note[_NOTE_BYTES:]
-            if hmac.compare_digest(note[:_NOTE_BYTES], self._note_of(self._peer.instance, hello)):
-                opened = await self._open_tls(tcp, hello, self._peer.instance, certificates)
+            opened = await self._open_tls(tcp, hello, self._peer.instance, certificates)
         finally:
             if opened is None:
                 tcp.close()

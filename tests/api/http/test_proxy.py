@@ -1148,6 +1148,9 @@ async def test_where_another_process_has_the_address_of_the_owner_the_owner_is_l
         await stream.send_all(WRONG)
         if accepts:  # its row is still there
             await wait_for(replies)
+            with trio.move_on_after(0.05) as quiet:
+                await owner.listener.accept()
+            assert quiet.cancelled_caught, "it is asked once"
             assert replies[0].problem(503, "store_unavailable")["retry_after_s"] == 1
             assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
         else:

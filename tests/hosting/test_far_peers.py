@@ -1,0 +1,173 @@
+"""The listener for other replicas in the test's own process: what it bounds, and whom it refuses."""
+
+import socket
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+from structlog.testing import capture_logs
+
+from service.api.http.end_of_input import LEAVES_AT_END
+from service.api.http.proxy import PEER, TELL_ACCEPTED
+from service.cluster.peer_address import PeerAddress
+from service.cluster.peer_certificates import PeerCertificates
+from service.cluster.peer_proof import prove_to_owner
+from service.cluster.peer_socket import socket_name
+from service.cluster.peer_tls import TlsStream
+from service.cluster.peer_transport import PeerTransport
+from service.hosting import peer_listener
+from service.hosting.hypercorn.connections import Connections
+from service.hosting.hypercorn.worker import Worker
+from service.hosting.peer_listener import PeerListener, open_peer_listener
+from service.settings import Settings
+from service.stop_state import StopState
+from tests.cluster.certificates import peer_certificates, peer_files
+
+SECRET = b"s" * 32
+FENCE = 7
+CAP_S = 10
+ACCEPTED = b"HTTP/1.1 103 \r\nlocation: /sessions/s/turns/t\r\n\r\nHTTP/1.1 200 \r\n"
+
+
+class Scene:
+    """A listener, and a replica that connects to it."""
+
+    def __init__(self, listener: PeerListener, certificates: PeerCertificates) -> None:
+        self.listener = listener
+        address = PeerAddress.parse(listener.address)
+        self.port = address.port
+        self.instance = address.instance
+        self.address = listener.address.replace(address.place, 16 * "f")
+        self.returns: list[bool] = []
+        self._transport = PeerTransport(certificates)
+
+    async def connect(self) -> TlsStream:
+        stream = await self._transport.connect(self.address)
+        assert isinstance(stream, TlsStream)
+        return stream
+
+    async def ask(self, stream: TlsStream) -> bytes:
+        """Prove the secret, and send a request. Returns all up to the first bytes of the body."""
+        assert await prove_to_owner(stream, SECRET, address=self.address)
+        head = f"GET / HTTP/1.1\r\nhost: x\r\nlastcall-instance: {self.instance}\r\nlastcall-fence: {FENCE}\r\n\r\n"
+        await stream.send_all(head.encode())
+        got = b""
+        while b"begun" not in got:
+            received = await stream.receive_some()
+            assert received, got
+            got += received
+        return got
+
+
+@asynccontextmanager
+async def open_scene(folder: Path) -> AsyncIterator[Scene]:
+    settings = Settings.model_validate(
+        {"store_url": "sqlite:unused", "peer_bind": "127.0.0.1:0", **peer_files(folder / "files")}
+    )
+    serving = trio.Event()
+    serving.set()
+    scenes: list[Scene] = []
+
+    async def app(scope: Any, receive: Any, send: Any, *_: object) -> None:
+        """Answer with a head, and stream until the client has left."""
+        scope[LEAVES_AT_END]()
+        scope[TELL_ACCEPTED]("/sessions/s/turns/t")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scenes[0].returns.append(scope[PEER]())
+
+    with trio.fail_after(CAP_S):
+        async with trio.open_nursery() as nursery:
+            fake = SimpleNamespace(config=Config(), context=WorkerContext(None), app=app, server_nursery=nursery)
+            async with open_peer_listener(
+                cast("Worker", fake), Connections(StopState()), serving=serving, settings=settings
+            ) as listener:
+                assert listener is not None
+                listener.take_peers(SECRET, fence=FENCE)
+                scenes.append(Scene(listener, peer_certificates(folder / "replica")))
+                yield scenes[0]
+            nursery.cancel_scope.cancel()
+
+
+async def test_clients_that_say_nothing_hold_up_a_replica_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_listener, "OPENING_MAX", 3)
+    monkeypatch.setattr(peer_listener, "OPENING_S", 0.5)
+    async with open_scene(tmp_path) as scene:
+        silent = [await trio.open_tcp_stream("127.0.0.1", scene.port) for _ in range(6)]
+        async with await scene.connect() as stream:
+            assert (await scene.ask(stream)).startswith(ACCEPTED)
+        for client in silent:
+            with suppress(trio.BrokenResourceError):
+                assert await client.receive_some() == b"", "its time is over"
+            await client.aclose()
+
+
+async def test_refused_connections_are_told_in_one_line(tmp_path: Path) -> None:
+    async with open_scene(tmp_path) as scene:
+        with capture_logs() as told:
+            for _ in range(5):
+                async with await trio.open_tcp_stream("127.0.0.1", scene.port) as client:
+                    await client.send_all(b"GET / HTTP/1.1\r\n\r\n")
+                    with suppress(trio.BrokenResourceError):
+                        assert await client.receive_some() == b""
+        lines = [it for it in told if it["log_level"] == "warning"]
+        assert len(lines) == 1
+        assert lines[0]["reason"] == "http request"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "returns"), [("says goodbye", False), ("stops", True), ("dies", True), ("vanishes", True)]
+)
+async def test_how_a_replica_ends_a_request_says_whether_its_client_has_left(
+    leaves: str, returns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_listener, "WATCH_INTERVAL_S", 0.05)
+    async with open_scene(tmp_path) as scene, await scene.connect() as stream:
+        assert (await scene.ask(stream)).startswith(ACCEPTED)
+        if leaves == "says goodbye":
+            stream.leave()
+        elif leaves == "stops":
+            stream.send_eof()
+        elif leaves == "dies":
+            stream.socket.close()
+        else:
+            monkeypatch.setattr(peer_listener, "is_unheard", lambda _: True)
+        while not scene.returns:  # noqa: ASYNC110  the application's own time
+            await trio.sleep(0.01)
+        assert scene.returns == [returns]
+
+
+async def hand_over(scene: Scene, note: bytes, *, descriptors: int) -> None:
+    """Hand sockets over as a worker of the same replica does, and return once the listener is done with them."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as way:
+        await way.connect(socket_name(f"@{scene.instance}-handed"))
+        more = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [theirs.fileno()] * descriptors).tobytes())]
+        await way.sendmsg([note], more if descriptors else [])
+        theirs.close()
+        with suppress(ConnectionResetError):
+            assert await way.recv(1) == b""
+        if descriptors:
+            waiting = trio.socket.from_stdlib_socket(ours)
+            assert await waiting.recv(1) == b"", "it was closed"
+
+
+@pytest.mark.parametrize("descriptors", [0, 1, 2])
+async def test_a_socket_is_taken_only_from_a_process_that_knows_the_secret(descriptors: int, tmp_path: Path) -> None:
+    async with open_scene(tmp_path) as scene:
+        for note in (b"", b"x" * 31, b"x" * 32, b"x" * 4000):
+            if note or descriptors:
+                await hand_over(scene, note or b"x", descriptors=descriptors)
+        async with await scene.connect() as stream:
+            assert (await scene.ask(stream)).startswith(ACCEPTED), "the listener serves on"
