@@ -504,7 +504,7 @@ SCENARIOS: dict[str, Scenario] = {
         [hangs(RETRY + STARTED)], [{**SEND, "abort_after": 1}], [{"events": ALL[:1], "aborted": True}], [POST]
     ),
     "a reader that is cancelled in a pause makes no other attempt": Scenario(
-        [refuses(503, "shutting_down", {"retry-after": "19"})],
+        [refuses(503, "shutting_down", {"retry-after": "5"})],
         [{**SEND, "abort_on_wait": True}],
         [{"events": [], "aborted": True}],
         [POST],
