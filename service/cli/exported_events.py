@@ -11,27 +11,37 @@ from service.cli.session_export import ExportedSession, ExportedTurn, not_export
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnQueued, TurnReasoning, TurnStarted
 from service.sessions.events.kept_events import Place, events_of, terminal_event_of
 from service.storage.pieces import CALL, QUEUED, STARTED, Run, are_of, count, join, length_bytes, text_of
-from service.storage.records import EventsPage, TurnRecord
+from service.storage.records import EventsPage, SessionRecord, TurnRecord
 from service.storage.rules import events_at_once
 from service.storage.sqlite import maintenance
 
+Turns = Sequence[tuple[TurnRecord, Sequence[Run]]]
+
 
 def export_session(path: Path, session_id: str) -> bytes:
-    """A session of a store with its turns and events, as JSON. Raises as :func:`maintenance.export_session` does."""
-    session, turns = maintenance.export_session(path, session_id)
+    """A session of a file with its turns and events, as JSON. Raises as :func:`maintenance.export_session` does."""
+    return encoded(*maintenance.export_session(path, session_id))
+
+
+def encoded(session: SessionRecord, turns: Turns) -> bytes:
+    """A session with its turns and events, as JSON."""
     exported = tuple(ExportedTurn(turn, frames_of(turn, runs)) for turn, runs in turns)
     return msgspec.json.encode(ExportedSession(session=session, turns=exported))
 
 
 def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
-    """Add an exported session to a store, without open turns. Raises as :func:`maintenance.import_session` does.
+    """Add an exported session to a file, without open turns. Raises as :func:`maintenance.import_session` does.
 
     Args:
         whole: From :func:`~service.cli.session_export.read_exported`.
     """
+    maintenance.import_session(path, *decoded(whole), now=now)
+
+
+def decoded(whole: ExportedSession) -> tuple[SessionRecord, Turns]:
+    """The session and its turns with their events, without open turns."""
     whole = without_open_turns(whole)
-    turns = [(it.turn, runs_of(it.turn, it.events)) for it in whole.turns]
-    maintenance.import_session(path, whole.session, turns, now=now)
+    return whole.session, [(it.turn, runs_of(it.turn, it.events)) for it in whole.turns]
 
 
 def frames_of(turn: TurnRecord, runs: Sequence[Run]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from service.cli.session_export import ExportedSession, not_exported, owned_by, problems_of_totals, read_exported, shown
 from service.clock import wall_clock
@@ -16,7 +16,9 @@ from service.errors import RefusedError, SessionExistsError, SessionNotFoundErro
 from service.ids import is_owner_name
 from service.settings import Settings, checked_schema_name, checked_store_url, missing_driver, shown_store_url
 
-if TYPE_CHECKING:  # only these commands need SQLite
+if TYPE_CHECKING:  # only these commands need SQLite and the API
+    from service.cli.exported_events import Turns
+    from service.storage.records import SessionRecord
     from service.storage.sqlite.database import BackupProgress
 
 FAILED = 1
@@ -34,9 +36,10 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     backup = add("backup", help="write a consistent copy of the store to a new file")
     backup.add_argument("path", type=Path, help="the new file")
     add("check", help="check the whole store; exit code 1 if there are problems")
-    export = add("export", help="print a session with its turns and events, as JSON")
+    either = partial(commands.add_parser, parents=[_store_option(file_only=False)])
+    export = either("export", help="print a session with its turns and events, as JSON")
     export.add_argument("session", help="the session's id; OWNER/ID if it has an owner")
-    imported = add("import", help="add an exported session, under its own id and owner")
+    imported = either("import", help="add an exported session, under its own id and owner")
     imported.add_argument("--owner", metavar="NAME", help="give the session to this owner; '' for none")
     imported.add_argument("file", type=Path, nargs="?", help="the output of export; standard input if left out")
     copied = commands.add_parser("copy", help="copy a whole store into a new one, and compare the two")
@@ -50,7 +53,7 @@ def add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
             type=_schema_name,
             help=f"the schema of {what}, in place of store_schema",
         )
-    commands.add_parser("migrate", parents=[_store_option(file_only=False)], help="bring the schema of the store up")
+    either("migrate", help="bring the schema of the store up")
     add("vacuum", help="give the space of removed data back to the disk, in short steps")
 
 
@@ -67,7 +70,8 @@ def run_store_command(settings: Settings, arguments: argparse.Namespace) -> int:
     Raises:
         StartupError: The store does not exist or cannot be used, or the given file cannot be used.
     """
-    run = {"copy": _run_copy, "migrate": _run_migrate}.get(arguments.command, _run_on_file)
+    run_by_command = {"copy": _run_copy, "migrate": _run_migrate, "export": _run_export, "import": _run_import}
+    run = run_by_command.get(arguments.command, _run_on_file)
     try:
         done, code = run(settings, arguments)
     except RefusedError as error:
@@ -91,7 +95,7 @@ def _check_is_file(settings: Settings) -> None:
     if settings.store_scheme != "sqlite":
         raise StartupError(
             f"store_url is {shown_store_url(settings.store_url)}, and this command is for the file of a SQLite store; "
-            "PostgreSQL has commands of its own, such as pg_dump."
+            "PostgreSQL has commands of its own: pg_dump, pg_amcheck, VACUUM."
         )
 
 
@@ -127,6 +131,68 @@ def _run_migrate(settings: Settings, _: argparse.Namespace) -> tuple[str, int]:
     return f"{name} has schema version {version}, {was}", 0
 
 
+def _run_export(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
+    """Export a session. Returns it as JSON, and the exit code."""
+    from service.cli import exported_events  # noqa: PLC0415  only these commands need the API
+
+    store = _single_sessions(settings)
+    try:
+        return exported_events.encoded(*store.export(arguments.session)).decode(), 0
+    except SessionNotFoundError as error:
+        raise RefusedError(f"There is no session {error.session_id!r} in {store.name}.") from None
+
+
+def _run_import(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
+    """Import a session. Returns its id, and the exit code."""
+    from service.cli import exported_events, import_bounds  # noqa: PLC0415  only these commands need the API
+
+    store = _single_sessions(settings)
+    whole = read_exported(_read(arguments.file))
+    if arguments.owner is not None:
+        whole = owned_by(whole, _owner_of_import(arguments.owner))
+    import_bounds.check_bounds(whole, settings)
+    _check_turns(whole)
+    try:
+        store.add(*exported_events.decoded(whole), now=wall_clock())
+    except SessionExistsError as error:
+        raise RefusedError(
+            f"A session {error.session_id!r} is in {store.name} already; delete it first, or name another store with "
+            "--store."
+        ) from None
+    return whole.session.id, 0
+
+
+class _SingleSessions(NamedTuple):
+    """The store of the settings, for a session that is exported or imported."""
+
+    name: str
+    export: "Callable[[str], tuple[SessionRecord, Turns]]"
+    add: "Callable[..., None]"
+
+
+def _single_sessions(settings: Settings) -> _SingleSessions:
+    """Raises: StartupError: The store keeps nothing, or its driver is not installed."""
+    _check_is_kept(settings)
+    url = settings.store_url
+    if settings.store_scheme == "sqlite":
+        from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only this kind needs SQLite
+
+        path = open_files.real_path(url.removeprefix("sqlite:"))
+        export, add = partial(maintenance.export_session, path), partial(maintenance.import_session, path)
+        return _SingleSessions(str(path), export, add)
+    try:
+        from service.storage.postgres import single_sessions  # noqa: PLC0415  only this kind needs psycopg
+    except ModuleNotFoundError as error:
+        raise missing_driver(url) from error
+    name = f"{shown_store_url(url)} (schema {settings.store_schema})"
+    schema = settings.store_schema
+    return _SingleSessions(
+        name,
+        partial(single_sessions.export_session, url, schema_name=schema),
+        partial(single_sessions.import_session, url, schema_name=schema),
+    )
+
+
 def _store_url(text: str) -> str:
     """Raises: ArgumentTypeError: This is not the URL of a store."""
     try:
@@ -146,8 +212,7 @@ def _schema_name(text: str) -> str:
 def _run_on_file(settings: Settings, arguments: argparse.Namespace) -> tuple[str, int]:
     """Run a command for a SQLite store. Returns the text for standard output, and the exit code."""
     _check_is_file(settings)
-    from service.cli import exported_events, import_bounds  # noqa: PLC0415  only these commands need SQLite, the API
-    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415
+    from service.storage.sqlite import maintenance, open_files  # noqa: PLC0415  only these commands need SQLite
 
     path = open_files.real_path(settings.store_url.removeprefix("sqlite:"))
     match arguments.command:
@@ -158,25 +223,6 @@ def _run_on_file(settings: Settings, arguments: argparse.Namespace) -> tuple[str
         case "check":
             problems = maintenance.check(path)
             return "\n".join(problems) or f"{path} is whole", FAILED if problems else 0
-        case "export":
-            try:
-                return exported_events.export_session(path, arguments.session).decode(), 0
-            except SessionNotFoundError as error:
-                raise RefusedError(f"There is no session {error.session_id!r} in {path}.") from None
-        case "import":
-            whole = read_exported(_read(arguments.file))
-            if arguments.owner is not None:
-                whole = owned_by(whole, _owner_of_import(arguments.owner))
-            import_bounds.check_bounds(whole, settings)
-            _check_turns(whole)
-            try:
-                exported_events.import_session(path, whole, now=wall_clock())
-            except SessionExistsError as error:
-                raise RefusedError(
-                    f"A session {error.session_id!r} is in {path} already; delete it first, or name another store with "
-                    "--store."
-                ) from None
-            return whole.session.id, 0
         case _:
             return f"{path} gave {maintenance.vacuum(path)} bytes back", 0
 

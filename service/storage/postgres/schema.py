@@ -342,6 +342,11 @@ def has_tables(connection: "psycopg.Connection[tuple[object, ...]]", schema: str
     return _found(connection, schema).version > 0
 
 
+def is_up(connection: "psycopg.Connection[tuple[object, ...]]", schema: str) -> bool:
+    """Whether the tables of a store have this version, or a later one."""
+    return _found(connection, schema).version >= len(SCRIPTS)
+
+
 def quoted(schema: str) -> str:
     """The name of a schema as it stands in a statement. Settings allow no quotes in it."""
     assert '"' not in schema

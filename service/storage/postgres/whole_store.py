@@ -141,20 +141,8 @@ class WholePostgresStore:
         while rows := self.db.execute(_SESSIONS, {"after": after, "limit": _AT_ONCE}).fetchall():
             for row in rows:
                 record = session_of(row)
-                yield WholeSession(record, row[SESSION_WIDTH], tuple(self._turns(record.id, row[0])))
+                yield WholeSession(record, row[SESSION_WIDTH], tuple(turns_of(self.db, record.id, row[0])))
                 after = record.id
-
-    def _turns(self, session_id: str, session: int) -> Iterator[WholeTurn]:
-        after = -1
-        while rows := self.db.execute(_TURNS, {"session": session, "after": after, "limit": _AT_ONCE}).fetchall():
-            records = event_pages.records_of(self.db, session_id, [row[: COLUMNS + 1] for row in rows])
-            for turn, (*_, key, packed, document) in zip(records, rows, strict=True):
-                runs = self._runs(key) if packed is None else unpack(packed)
-                yield WholeTurn(turn, told_runs(turn, runs), document)
-            after = rows[-1][COLUMNS + 1]
-
-    def _runs(self, turn: int) -> list[Run]:
-        return [run for (packed,) in self.db.execute(_RUNS, (turn,)).fetchall() for run in unpack(packed)]
 
     def all_keys(self) -> Iterator[WholeKey]:
         last: dict[str, object] = {"caller": "", "key": ""}
@@ -181,7 +169,7 @@ class WholePostgresStore:
         records = [turn.record for turn in turns]
         keys = additions.new_keys(self.db, len(turns))
         runs = [kept_runs(turn) for turn in turns]
-        additions.insert(self.db, session, records, runs, keys=keys, places=_places(records, keys), first=0)
+        additions.insert(self.db, session, records, runs, keys=keys, places=places_of(records, keys), first=0)
         return keys
 
     def add_key(self, key: WholeKey) -> None:
@@ -192,7 +180,22 @@ class WholePostgresStore:
         documents.go_on_after_restored(self.db)
 
 
-def _places(turns: Sequence[TurnRecord], keys: Sequence[int]) -> list[Place]:
+def turns_of(db: Db, session_id: str, session: int) -> Iterator[WholeTurn]:
+    """The turns of a session with their events, as far as they have ended; ``session`` is its key."""
+    after = -1
+    while rows := db.execute(_TURNS, {"session": session, "after": after, "limit": _AT_ONCE}).fetchall():
+        records = event_pages.records_of(db, session_id, [row[: COLUMNS + 1] for row in rows])
+        for turn, (*_, key, packed, document) in zip(records, rows, strict=True):
+            runs = _runs_of(db, key) if packed is None else unpack(packed)
+            yield WholeTurn(turn, told_runs(turn, runs), document)
+        after = rows[-1][COLUMNS + 1]
+
+
+def _runs_of(db: Db, turn: int) -> list[Run]:
+    return [run for (packed,) in db.execute(_RUNS, (turn,)).fetchall() for run in unpack(packed)]
+
+
+def places_of(turns: Sequence[TurnRecord], keys: Sequence[int]) -> list[Place]:
     """The places of all turns of a session in its tree."""
     key_of = {turn.id: key for turn, key in zip(turns, keys, strict=True)}
     place_of: dict[str | None, Place] = {}
