@@ -133,7 +133,7 @@ def effective(settings: Settings, sources: Sources) -> str:
 
 
 def _top_level(settings: Settings, sources: Sources) -> Iterator[str]:
-    replaced = {"model_url", "model_api_key"} if settings.upstreams else set()
+    replaced = {"model_url", "model_api_key", "model_continuation"} if settings.upstreams else set()
     for name in Settings.model_fields:
         if name == "upstreams" or name in replaced:
             continue
