@@ -306,9 +306,10 @@ async def open_cluster(
                     env = of_all | {"STORE_URL": store_url, "MODEL_URL": upstream.url} | around.settings | settings
                     made.append(Replica(f"replica-{number}", folder, env, around, history))
                     nursery.start_soon(made[-1].supervise)
-                with trio.fail_after(START_S):
+                with trio.move_on_after(START_S) as starting:
                     for replica in made:
                         await replica.wait_serving()
+                assert not starting.cancelled_caught, made[0].log[-3000:]
                 yield Cluster(made, upstream, database, schema, history)
             finally:
                 nursery.cancel_scope.cancel()

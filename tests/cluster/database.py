@@ -160,6 +160,7 @@ class Database:
 def open_database(programs: Path) -> Iterator[Database]:
     """A folder for a server, which is not made yet; removed with the server afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=MEMORY_DISK))
+    folder.chmod(0o711)  # a replica in a user namespace of its own uses the socket
     user = None
     if os.geteuid() == 0:  # a server refuses to run as root
         nobody = pwd.getpwnam("nobody")
