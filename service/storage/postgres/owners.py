@@ -6,6 +6,7 @@ that was taken for dead, however late its statements arrive.
 """
 
 import threading
+from collections.abc import Callable
 from secrets import token_bytes
 
 import msgspec
@@ -85,17 +86,26 @@ class Ownership:
         self.me = Me(row[0], nonce)
 
     def opening(self, *, statement_timeout_s: float, lock_timeout_s: float | None = None) -> Opening:
-        """What begins a transaction that writes. Raises: FenceLostError."""
+        """What begins a transaction that writes, with the check of this owner. Raises: FenceLostError."""
+        bounds = timeouts(statement_timeout_s, lock_s=lock_timeout_s)
+        return Opening(BEGIN, *bounds, self._check(), checked=_check_found)
+
+    def opening_of_long(self, *, statement_timeout_s: float) -> tuple[Opening, Callable[[Db], None]]:
+        """What begins a transaction that writes for long, and the check to make at its end.
+
+        Until then it does not hold the row of this owner: a take-over, or the next epoch, does not wait for it.
+
+        Raises:
+            FenceLostError
+        """
+        statement = self._check()
+        return Opening(BEGIN, *timeouts(statement_timeout_s)), lambda db: _check_found(db.execute(statement).fetchone())
+
+    def _check(self) -> str:
+        """The statement that locks the row of this owner, if it is alive and in its epoch. Raises: FenceLostError."""
         if self.is_lost:
             raise FenceLostError
-        me = self.me
-
-        def checked(row: Row | None) -> None:
-            if row is None:
-                raise EpochPassedError
-
-        check = _CHECK.format(fence=me.fence, nonce=me.nonce.hex(), epoch=me.epoch)
-        return Opening(BEGIN, *timeouts(statement_timeout_s, lock_s=lock_timeout_s), check, checked=checked)
+        return _CHECK.format(fence=self.me.fence, nonce=self.me.nonce.hex(), epoch=self.me.epoch)
 
     def doubt(self) -> None:
         """Note that a commit may be in flight on a connection that was lost: the next write must come after it."""
@@ -138,6 +148,12 @@ class Ownership:
     def leave(self, db: Db) -> None:
         """Let other owners end what is open. Waits for writes that are in flight."""
         db.execute(_LEAVE, (self.me.fence, self.me.nonce))
+
+
+def _check_found(row: Row | None) -> None:
+    """Raises: EpochPassedError."""
+    if row is None:
+        raise EpochPassedError
 
 
 class Observer:

@@ -210,10 +210,14 @@ class Writer:
             psycopg.Error: Nothing has happened.
             StoreError: The outcome is unknown.
         """
-        opening = self._ownership.opening(
-            statement_timeout_s=self._statement_timeout_s,
-            lock_timeout_s=None if self._hand_over is None else lock_s,
-        )
+        check: Callable[[Db], None] | None = None
+        if self._is_left:
+            opening, check = self._ownership.opening_of_long(statement_timeout_s=self._statement_timeout_s)
+        else:
+            opening = self._ownership.opening(
+                statement_timeout_s=self._statement_timeout_s,
+                lock_timeout_s=None if self._hand_over is None else lock_s,
+            )
         db.begin(
             opening,
             statement_max_s=self._statement_timeout_s,
@@ -221,6 +225,8 @@ class Writer:
         )
         try:
             result = call(db)
+            if check is not None and db.is_open:
+                check(db)
         except BaseException:
             db.roll_back()
             raise

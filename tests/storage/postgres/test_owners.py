@@ -13,10 +13,10 @@ import trio
 from structlog.testing import capture_logs
 
 from service.errors import OwnedElsewhereError, StoreError
-from service.storage.postgres import PostgresStore, beats, open_postgres_store
+from service.storage.postgres import PostgresStore, beats, open_postgres_store, sessions
 from service.storage.postgres.connections import Db
 from service.storage.postgres.owners import LEASE_S
-from service.storage.records import EndResult
+from service.storage.records import EndResult, SessionPatch
 from tests.postgres_server import PostgresServer
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 from tests.storage.test_store_owners import a_checkpoint
@@ -190,6 +190,33 @@ async def test_an_owner_is_not_taken_over_while_a_write_of_it_is_in_flight(two: 
             finally:
                 goes_on.set()
     assert await two.pass_time(1) == 1
+
+
+async def test_a_long_change_does_not_hold_up_a_take_over_and_writes_nothing_afterwards(two: Owners) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    refused: list[StoreError] = []
+
+    def change(db: Db) -> None:
+        sessions.update(db, "s", SessionPatch(title="late"), two.there.me, at(1))
+        begun.set()
+        assert goes_on.wait(20)
+
+    async def change_late() -> None:
+        try:
+            await two.there._change(change)
+        except StoreError as error:
+            refused.append(error)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change_late)
+            await trio.to_thread.run_sync(begun.wait)
+            try:
+                assert await two.pass_time(LEASE_S) == 1
+            finally:
+                goes_on.set()
+    assert ["taken for dead" in str(error) for error in refused] == [True]
+    assert (await two.here.get_session("s", now=at(1))).title is None
 
 
 async def test_a_long_write_holds_up_no_beat_of_its_owner(two: Owners) -> None:
