@@ -322,8 +322,11 @@ class Turn:
             )
 
     def checkpoint(self) -> Checkpoint | None:
-        """The growth since the last stored checkpoint; None if there is none, or if the end is decided."""
-        if self.end is not None or self.log.last_seq == self.stored_seq:
+        """The growth since the last stored checkpoint; None if there is none, or if the end is decided.
+
+        A turn that waits has none: the stores keep no growth from before a turn's start.
+        """
+        if self.end is not None or not self.running or self.log.last_seq == self.stored_seq:
             return None
         return Checkpoint(
             session_id=self.session_id,

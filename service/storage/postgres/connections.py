@@ -334,6 +334,7 @@ def timeouts(statement_s: float, *, lock_s: float | None = None) -> list[str]:
     bounds = [
         f"SET LOCAL statement_timeout = '{statement_s:g}s'",
         f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_MAX_S}s'",
+        "SET LOCAL jit = off",  # it may cost more than it saves wherever statistics mislead the planner
     ]
     if lock_s is not None:
         bounds.append(f"SET LOCAL lock_timeout = '{lock_s:g}s'")

@@ -23,6 +23,8 @@ STEP_S = 0.01
 """The approximate time of one step of a search for an item."""
 _LOOKED_AT_ONCE = 500
 """The turns whose texts one statement looks through for the id of an item."""
+_BYTES_AT_ONCE = 2 * 1024 * 1024
+"""Bound on these texts, unless one turn has more."""
 _LENGTH_MAX = 64
 """So many successive turns after a call are read at once, in the search for its outputs: at first one, because mostly
 the next turn has a reply."""
@@ -53,8 +55,10 @@ _NOTE = "UPDATE {s}.sessions SET head = %s, message_count = message_count - %s, 
 _CANDIDATES = (
     "SELECT min(ordinal), array_agg(key ORDER BY ordinal DESC) "
     "FILTER (WHERE position(%(item)s::bytea IN input) > 0 OR position(%(item)s::bytea IN output) > 0) "
-    "FROM (SELECT key, ordinal, input, output FROM {s}.turns "
-    "WHERE session = %(session)s AND ordinal < %(below)s ORDER BY ordinal DESC LIMIT %(limit)s) AS newest"
+    "FROM (SELECT key, sum(text_bytes) OVER (ORDER BY ordinal DESC) - text_bytes AS before FROM ("
+    "SELECT key, ordinal, text_bytes FROM {s}.turns "
+    "WHERE session = %(session)s AND ordinal < %(below)s ORDER BY ordinal DESC LIMIT %(limit)s) AS newest) AS taken "
+    "JOIN {s}.turns USING (key) WHERE before < %(bytes)s"
 )
 _WHERE = "SELECT chain, depth FROM {s}.turns WHERE key = %s"
 _GET = f"SELECT {TURN_COLUMNS} FROM {{s}}.turns AS t WHERE t.key = %s AND t.session = %s"
@@ -179,6 +183,7 @@ class ItemSearch:
             "session": session,
             "below": self._below,
             "limit": _LOOKED_AT_ONCE,
+            "bytes": _BYTES_AT_ONCE,
         }
         lowest, keys = db.execute(_CANDIDATES, values).fetchone() or (None, None)
         for key in keys or ():

@@ -26,6 +26,8 @@ BODY_BYTES_MAX = 4 * 1024 * 1024
 
 SEGMENT = "(SELECT last_value + is_called::int FROM {s}.segments_seq_seq)"
 """The first segment that a turn may be in which starts now: those of this owner come in the order of its writes."""
+SEGMENT_OF_NEW = f"CASE %(state)s WHEN 'queued' THEN 9223372036854775807 ELSE {SEGMENT} END"
+"""The same for a new turn. One that waits needs no segment, and keeps none of the other turns from being dropped."""
 
 _DROP_OLD = (
     "DELETE FROM {s}.segments WHERE owner = %(owner)s "

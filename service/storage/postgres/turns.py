@@ -16,7 +16,7 @@ from service.storage.postgres.ends import End, keep_ends
 from service.storage.postgres.event_pages import record_of
 from service.storage.postgres.paths import ShortPath
 from service.storage.postgres.rows import Row
-from service.storage.postgres.segments import SEGMENT
+from service.storage.postgres.segments import SEGMENT, SEGMENT_OF_NEW
 from service.storage.postgres.turn_rows import COLUMNS, TURN_COLUMNS, values_of
 from service.storage.records import (
     BegunTurn,
@@ -46,7 +46,7 @@ WITH added AS (INSERT INTO {{s}}.turns (
     options, input, output, runs
 ) OVERRIDING SYSTEM VALUE
 SELECT new.key, %(session)s, %(ordinal)s, %(id)s, %(parent)s, coalesce(%(chain)s::bigint, new.key), %(depth)s,
-    %(chain_parent)s, %(place)s, %(owner)s, {SEGMENT}, %(state)s, %(created_at)s, %(started_at)s, %(ended_at)s,
+    %(chain_parent)s, %(place)s, %(owner)s, {SEGMENT_OF_NEW}, %(state)s, %(created_at)s, %(started_at)s, %(ended_at)s,
     %(last_seq)s, %(message_items)s, %(message_bytes)s, %(messages)s, %(text_bytes)s, %(ephemeral)s, %(events_deleted)s,
     %(settings)s, %(options)s, %(input)s, %(output)s, %(runs)s
 FROM (SELECT nextval('{{s}}.turns_key_seq') AS key) AS new

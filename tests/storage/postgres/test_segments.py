@@ -91,9 +91,16 @@ async def test_a_turn_that_waits_keeps_no_segments_of_others_from_being_removed(
     store: PostgresStore, select: Run
 ) -> None:
     await begin(store, "a")
+    await begin(store, "b")
     await store.begin_turn(a_turn("waits", "a", state="queued"), now=T0)
-    await store.checkpoint_turns(growth("a"))
+    await store.checkpoint_turns(growth("a", "b"))
+    await end(store, "b")
+    await begin(store, "c")
     await end(store, "a")
+    await store.checkpoint_turns(growth("c"))
+    assert select(COUNT) == [(1,)], "while it waits, too"
+    await end(store, "c")
+    assert select(COUNT) == [(0,)]
     await store.start_turn("waits", now=T0)
     await store.checkpoint_turns([a_checkpoint("waits", "Hi", session="a")])
     assert select(COUNT) == [(1,)]
