@@ -217,6 +217,19 @@ async def _try_new_work(door: Door) -> str:
     return f"{answer.status}{' with Retry-After' if 'retry-after' in answer.headers else ''}"
 
 
+async def show_peers(show: Show) -> None:
+    """The network between the replicas is away for twice the lease, and each of them has its database."""
+    async with _open_cluster(show, is_direct=True) as cluster:
+        async with trio.open_nursery() as readers:
+            turns = await show.start_many(cluster, show.load(cluster.doors, tokens=100, rate=5), readers, count=30)
+            async with trio.open_nursery() as during:
+                for replica in cluster.replicas:
+                    during.start_soon(Faults(cluster).have, "peers silent", replica.name, 2 * LEASE_S)
+        await show.run.check(cluster)
+    ends = show.state_of([turn for owned in turns for turn in owned])
+    show.expect(set(ends) == {"completed"}, f"nobody is taken over: {dict(ends)}")
+
+
 async def show_failover(show: Show) -> None:
     """The primary dies under load, and its synchronous standby takes its place."""
     programs = binaries()
@@ -311,6 +324,7 @@ SHOWS: dict[str, Callable[[Show], Awaitable[None]]] = {
     "kill-twice": partial(show_kill, times=2),
     "freeze": show_freeze,
     "database": show_database,
+    "peers": show_peers,
     "failover": show_failover,
     "no-standby": show_no_standby,
     "rolling": partial(show_rolling, fits=False, proxy="nginx"),
