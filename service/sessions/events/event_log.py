@@ -1,7 +1,7 @@
 """A turn's event log: one writer appends, any number of readers read, each at its own pace."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Protocol
@@ -17,6 +17,7 @@ from service.sessions.events.events import (
     TurnCall,
     TurnDelta,
     TurnReasoning,
+    TurnResumed,
 )
 from service.sessions.events.kept_events import runs_of
 from service.steps import Steps, at_once
@@ -84,6 +85,9 @@ class Events(Protocol):
     def last_seq(self) -> int: ...
 
     @property
+    def is_moved(self) -> bool: ...
+
+    @property
     def unbroken_seq(self) -> int: ...
 
     @property
@@ -111,7 +115,7 @@ class Events(Protocol):
 
 
 class EventLog:
-    """An append-only log of events with seqs from 1, without gaps.
+    """An append-only log of events with seqs from 1. Only before ``turn.resumed`` may be a gap (:mod:`~service.sessions.events.events`).
 
     Only the turn's own task appends and closes, and what takes the model's events for it. Reading is synchronous, so a
     reader holds only a number (the last seq that the reader has seen, 0 for none) while it waits or is stalled.
@@ -124,11 +128,13 @@ class EventLog:
 
     Attributes:
         last_seq: The seq of the newest event, 0 if there is none.
+        is_moved: Whether the log is closed because its turn goes on elsewhere: it has no terminal event then.
         beside: What the readers of one kind keep together, such as the frames that they have sent last.
     """
 
     def __init__(self, *, bytes_max: int) -> None:
         self.last_seq = 0
+        self.is_moved = False
         self.beside: dict[object, object] = {}
         self._chunks: list[_Chunk] = []
         self._newest: list[Event] = []
@@ -137,6 +143,8 @@ class EventLog:
         self._others: dict[int, Event] = {}  # the events in chunks that are no pieces, by seq
         self._kinds: dict[int, type[TurnDelta | TurnReasoning | TurnArguments]] = {}  # of the pieces in chunks, by item
         self._bytes = 0
+        self._gaps: list[tuple[int, int]] = []
+        """Where seqs have no events: the last seq before each gap, and the last one in it."""
         self._bytes_max = bytes_max - _TERMINAL_RESERVE_BYTES
         self._last_item = -1
         self._closed = False
@@ -156,7 +164,7 @@ class EventLog:
 
     @property
     def closed(self) -> bool:
-        """Whether the log has its terminal event, after which no event follows."""
+        """Whether no event follows: the log has its terminal event, or its turn goes on elsewhere."""
         return self._closed
 
     @property
@@ -165,7 +173,7 @@ class EventLog:
         return self._bytes
 
     def append(self, event: Event, *, tells: bool = True) -> bool:
-        """Append an event whose ``seq`` is ``last_seq + 1``, and tell the readers.
+        """Append an event whose ``seq`` is ``last_seq + 1``, and tell the readers; ``turn.resumed`` may skip seqs.
 
         Returns False, and appends nothing, if the log would be larger than ``bytes_max``.
 
@@ -187,6 +195,8 @@ class EventLog:
         # Never with the newest event, which the readers are about to read.
         if len(self._newest) >= _CHUNK_EVENTS_MAX or self._newest_bytes >= _CHUNK_BYTES_MAX:
             self._end_chunk()
+        if event.seq > self.last_seq + 1:
+            self._skip_before(event)
         self._newest_bytes += text_bytes
         self._append(event)
         if tells:
@@ -196,6 +206,65 @@ class EventLog:
     def close(self, terminal: TerminalEvent) -> None:
         """Append the terminal event. Always succeeds; the log then never changes again."""
         self._append(terminal)
+        self._end()
+
+    def leave(self) -> None:
+        """Close the log without a terminal event, because its turn goes on elsewhere."""
+        self.is_moved = True
+        self._end()
+
+    def restore(
+        self,
+        runs: Iterable[Run],
+        text: str,
+        *,
+        event_of: Callable[[Run, int], Event],
+        kind_of: Callable[[int], type[TurnDelta | TurnReasoning | TurnArguments]],
+    ) -> None:
+        """Put the events that the log of another process had into this one, which is empty.
+
+        Args:
+            text: The texts of the pieces, in the order of their arrival.
+            event_of: The event that is no piece, of its run and the seq that follows.
+            kind_of: The kind of the pieces of an item.
+        """
+        assert not self.last_seq, "the log has events of its own"
+        start = 0
+        for run in runs:
+            if run.item < 0:
+                self._restore_other(event_of(run, self.last_seq + 1))
+                continue
+            for few in _parts(run):
+                length = few.length
+                self._restore_pieces(few, text[start : start + length].encode(), kind_of(few.item))
+                start += length
+        self._newest_after = self._told_seq = self.last_seq
+
+    def _restore_other(self, event: Event) -> None:
+        if event.seq > self.last_seq + 1:
+            self._skip_before(event)
+        self._bytes += _OTHER_EVENT_BYTES
+        self._chunks.append(_Chunk(self.last_seq, -1, pack(list(runs_of([event]))), b""))
+        self._others[event.seq] = event
+        self.last_seq = event.seq
+
+    def _restore_pieces(self, run: Run, text: bytes, kind: type[TurnDelta | TurnReasoning | TurnArguments]) -> None:
+        events = run.events
+        self._bytes += len(text) + _PIECE_BYTES * events
+        self._chunks.append(_Chunk(self.last_seq, run.item, run.lengths, text))
+        self._kinds[run.item] = kind
+        self._last_item = run.item
+        self.last_seq += events
+
+    def _skip_before(self, event: Event) -> None:
+        """Let the seqs before an event have no events."""
+        assert isinstance(event, TurnResumed), "an event has the wrong seq"
+        if self._newest:
+            self._end_chunk()
+        self._gaps.append((self.last_seq, event.seq - 1))
+        self._newest_after = self.last_seq = event.seq - 1
+
+    def _end(self) -> None:
         self._closed = True
         self._wake(list(self._waiting))
         self._waiting_for_end.unpark_all()
@@ -299,6 +368,8 @@ class EventLog:
 
     def read_after(self, seq: int) -> Sequence[Event]:
         """Some of the events after ``seq``, in order: at least one if there is one, and never many."""
+        if self._gaps:
+            seq = self._past_gap(seq)
         if seq >= self._newest_after:
             return self._newest[seq - self._newest_after :]
         chunk = self._chunks[self._chunk_with(seq)]
@@ -306,12 +377,16 @@ class EventLog:
 
     def alike_after(self, seq: int) -> int:
         """How many of the next events after ``seq`` are pieces of one item. See :class:`Events`."""
+        if self._gaps:
+            seq = self._past_gap(seq)
         if seq >= self._newest_after:
             return 0
         index = self._chunk_with(seq)
         if self._chunks[index].item < 0:
             return 0
         end = self._chunks[index + 1].after if index + 1 < len(self._chunks) else self._newest_after
+        for gap_after, gap_end in self._gaps:
+            end = gap_after if end == gap_end else end
         return end - seq
 
     def events(self, *, after: int = 0) -> Iterator[Event]:
@@ -322,6 +397,7 @@ class EventLog:
 
     def runs(self, *, after: int = 0) -> list[Run]:
         """All events after a seq in the form in which a store keeps them, without the terminal event."""
+        after = self._past_gap(after)
         chunks = self._chunks_after(after)
         runs: list[Run] = []
         for item, alike in groupby(chunks, key=attrgetter("item")):
@@ -335,6 +411,7 @@ class EventLog:
 
     def text(self, *, after: int = 0) -> str:
         """The texts of the pieces after a seq, in the order of their arrival."""
+        after = self._past_gap(after)
         chunks = self._chunks_after(after)
         texts: list[str] = []
         if chunks and chunks[0].after < after:
@@ -371,6 +448,10 @@ class EventLog:
                 yield "".join([text for of, text in chunk.texts() if of == item])
         yield "".join([text for of, text in _texts_of(self._newest) if of == item])
 
+    def _past_gap(self, seq: int) -> int:
+        """The last seq of a gap, if the event after ``seq`` would be in it; else ``seq``."""
+        return next((end for after, end in self._gaps if after <= seq < end), seq)
+
     def _chunks_after(self, seq: int) -> Sequence[_Chunk]:
         """The chunks with events after ``seq``."""
         return self._chunks[self._chunk_with(seq) :] if seq < self._newest_after else ()
@@ -394,6 +475,15 @@ class EventLog:
                 events.append(kind(seq=seq, item=run.item, text=text[start : start + length]))
                 start += length
         return events
+
+
+def _parts(run: Run) -> Iterator[Run]:
+    """The pieces of a run, as many at a time as a chunk has."""
+    start = 0
+    while start < len(run.lengths):
+        end = run.end_of(_CHUNK_EVENTS_MAX, start)
+        yield Run(run.item, run.lengths[start:end])
+        start = end
 
 
 def _takes_appended(reader: InlineReader) -> bool:

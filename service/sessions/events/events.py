@@ -1,9 +1,17 @@
-"""A turn's events: what happened to a turn, as typed values. The seq of an event is its position, from 1."""
+"""A turn's events: what happened to a turn, as typed values. The seqs of events grow from 1, without a gap.
+
+Only before :class:`TurnResumed` may be a gap, where another attempt was cut off by a crash, or is told no more.
+"""
+
+from typing import Literal
 
 import msgspec
 
 from service.models.client import FinishReason, Usage
 from service.storage.records import CancelReason, Failure, InterruptReason, LeftOut
+
+ResumeMode = Literal["retry", "continue"]
+"""How a turn goes on: the model replies anew, or goes on with the text that it has sent."""
 
 
 class TurnQueued(msgspec.Struct, frozen=True, kw_only=True, tag="turn.queued", tag_field="type"):
@@ -111,5 +119,18 @@ class TurnInterrupted(
     stored: bool = True
 
 
+class TurnResumed(msgspec.Struct, frozen=True, kw_only=True, tag="turn.resumed", tag_field="type"):
+    """The turn goes on in another process, or after a restart, in its attempt number ``attempt``.
+
+    Of the reply that was sent so far the first ``text_length`` Unicode code points count, and more follows: all of them
+    with the mode ``continue``, none with ``retry``. The seq may be much larger than the one before.
+    """
+
+    seq: int = 0
+    attempt: int
+    mode: ResumeMode
+    text_length: int
+
+
 TerminalEvent = TurnCompleted | TurnFailed | TurnCancelled | TurnInterrupted
-Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TurnCall | TurnArguments | TerminalEvent
+Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TurnCall | TurnArguments | TurnResumed | TerminalEvent

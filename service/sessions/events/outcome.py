@@ -38,6 +38,12 @@ class Interrupted(msgspec.Struct, frozen=True):
 Outcome = Completed | Failed | Cancelled | Interrupted
 
 
+class Suspended(msgspec.Struct, frozen=True):
+    """The turn's work stops here, and goes on in another process or after the next start. No outcome: no event tells
+    it."""
+
+
+
 def failed(code: FailureCode, message: str, *, param: str | None = None) -> Failed:
     return Failed(Failure(code, message, msgspec.UNSET if param is None else param))
 

@@ -107,6 +107,7 @@ class Replay:
     """
 
     closed = True
+    is_moved = False
 
     def __init__(self, replays: Replays, turn: TurnRecord, page: _Page, *, terminal: TerminalEvent) -> None:
         self.beside: dict[object, object] = {}
