@@ -13,6 +13,7 @@
     │   ├── TurnNotFoundError        the session has no such turn
     │   ├── ItemNotFoundError        the session has no such item
     │   ├── TurnInProgressError      a running or queued turn is in the way
+    │   │   └── TurnsSuspendedError  the session's open turns wait for a process that adopts them
     │   ├── TurnEndingError          a turn is ending, and its end takes long (``session_id``, ``turn_id``)
     │   ├── EventsLostError          a resume inside events that a crash lost
     │   ├── EventsDeletedError       a replay of a turn of which an item was deleted
@@ -215,6 +216,10 @@ class TurnInProgressError(RefusedError):
             f"Turn {turn_id!r} is still running or queued in this session; wait for it, cancel it, or {instead}."
         )
         self.turn_id = turn_id
+
+
+class TurnsSuspendedError(TurnInProgressError):
+    """The open turns of a session wait for a process that adopts them. ``turn_id`` is the first of them."""
 
 
 class TurnEndingError(RefusedError):

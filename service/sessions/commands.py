@@ -9,10 +9,9 @@ import msgspec
 from service.errors import InvalidRequestError
 from service.ids import new_item_id, new_session_id, new_turn_id, scoped
 from service.models.client import NO_OPTIONS, Options, Tools
-from service.sessions.turns.turn import OnDisconnect
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import FACE_BYTES_MAX, IdempotencyKey, Item, SessionRecord, TurnRecord
+from service.storage.records import FACE_BYTES_MAX, IdempotencyKey, Item, OnDisconnect, SessionRecord, TurnRecord
 from service.storage.rules import events_at_once, expires_at
 
 ADDED_ITEMS_MAX = 500

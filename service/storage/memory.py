@@ -54,6 +54,7 @@ from service.storage.page_cursor import (
 from service.storage.page_size import fitting, page_of_sessions
 from service.storage.pieces import Run, count, pack, skip, split, text_of, unpack
 from service.storage.records import (
+    AdoptedTurn,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -69,6 +70,7 @@ from service.storage.records import (
     SessionRecord,
     SessionStatus,
     Siblings,
+    SuspendedTurn,
     TitleSource,
     TreeNode,
     TurnRecord,
@@ -586,6 +588,22 @@ class MemoryStore:
         if turn.record.id in session.keys:
             self._gone.append(session.keys.pop(turn.record.id))
 
+    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        raise NotImplementedError
+
+    async def adopt_turns(
+        self,
+        session_id: str,
+        *,
+        now: datetime,
+        continues: Callable[[TurnRecord], bool],
+        running: Collection[str] = (),
+    ) -> Sequence[AdoptedTurn]:
+        raise NotImplementedError
+
+    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
+        raise NotImplementedError
+
     async def get_turn(
         self,
         session_id: str,
@@ -680,10 +698,9 @@ class MemoryStore:
             return page
         kept = turn.pages[bisect_right(turn.pages, after, key=attrgetter("after")) - 1]
         kept_runs = unpack(kept.runs)
-        skipped = after - kept.after
-        runs, _ = next(split(skip(kept_runs, skipped), "", length_max=length_max))
+        runs, _ = next(split(skip(kept_runs, after, begins=kept.after), "", length_max=length_max))
         texts = [item.text for item in turn.record.output]
-        text = text_of(kept_runs, texts, after=skipped, events=count(runs), starts=kept.starts)
+        text = text_of(kept_runs, texts, after=after, begins=kept.after, events=count(runs), starts=kept.starts)
         return msgspec.structs.replace(page, runs=tuple(runs), text=text)
 
     async def find_owner(self, session_id: str) -> Owner | None:  # noqa: ARG002

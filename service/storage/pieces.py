@@ -11,6 +11,7 @@ code points of a piece that goes on in the next byte: ``b"\x03\x05"`` is two pie
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
+from typing import Literal
 
 import msgspec
 
@@ -20,6 +21,8 @@ STARTED = -2
 """The run of the beginning of the turn's work."""
 CALL = -3
 """The run of the opening of the call with the item's index 0; ``CALL - index`` is that of the call with an index."""
+RESUMED = -(1 << 40)
+"""The run of a resumption (:class:`Resumed`), below the runs of all calls."""
 
 _GOES_ON = 255
 _RUN_COST = 16
@@ -79,6 +82,35 @@ class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return max(self.size, _RUN_COST)
 
 
+class Resumed(msgspec.Struct, frozen=True, array_like=True):
+    """The beginning of another attempt at a turn.
+
+    The seq of any other event is the one after that of the event before it. That of a resumption may be higher: events
+    were lost with a process, or those of the earlier attempts were dropped.
+
+    Attributes:
+        attempt: From 2.
+        text_length: The code points of the reply so far that stay: all in the mode ``continue``, none in ``retry``.
+    """
+
+    seq: int
+    attempt: int
+    mode: Literal["retry", "continue"]
+    text_length: int = 0
+
+
+_resumed: msgspec.msgpack.Decoder[Resumed] = msgspec.msgpack.Decoder(Resumed)
+
+
+def resumed_run(resumed: Resumed) -> Run:
+    return Run(RESUMED, msgspec.msgpack.encode(resumed))
+
+
+def resumed_of(run: Run) -> Resumed:
+    """The resumption of a run whose item is :data:`RESUMED`."""
+    return _resumed.decode(run.lengths)
+
+
 _packed: msgspec.msgpack.Decoder[list[Run]] = msgspec.msgpack.Decoder(list[Run])
 
 
@@ -127,12 +159,27 @@ def count(runs: Iterable[Run]) -> int:
     return sum(run.events for run in runs)
 
 
-def skip(runs: Iterable[Run], events: int) -> Iterator[Run]:
-    """The runs after so many events."""
+def last_seq(runs: Iterable[Run], begins: int = 0) -> int:
+    """The seq of the last event; that of the event before the first one is ``begins``."""
+    seq = begins
     for run in runs:
-        skipped = min(events, run.events)
-        events -= skipped
-        if skipped < run.events:
+        seq = resumed_of(run).seq if run.item == RESUMED else seq + run.events
+    return seq
+
+
+def skip(runs: Iterable[Run], seq: int, *, begins: int = 0) -> Iterator[Run]:
+    """The runs after a seq.
+
+    Args:
+        begins: The seq of the event before the first one.
+    """
+    for run in runs:
+        if run.item == RESUMED:
+            begins = resumed_of(run).seq - 1
+        events = run.events
+        skipped = min(max(seq - begins, 0), events)
+        begins += events
+        if skipped < events:
             yield run.after(skipped)
 
 
@@ -141,14 +188,16 @@ def text_of(
     texts: Sequence[str],
     *,
     after: int = 0,
+    begins: int = 0,
     events: float = inf,
     starts: Mapping[int, int] | None = None,
 ) -> str:
-    """The texts of the pieces after so many events, in the order of their arrival.
+    """The texts of the pieces after a seq, in the order of their arrival.
 
     Args:
         runs: All runs of the turn, or successive ones.
         texts: The texts of the items.
+        begins: The seq of the event before the first one.
         events: How many events to take.
         starts: Where in the texts of their items the runs begin, if not at the beginning.
     """
@@ -157,8 +206,10 @@ def text_of(
     for run in runs:
         if events <= 0:
             break
-        skipped = min(after, run.events)
-        after -= skipped
+        if run.item == RESUMED:
+            begins = resumed_of(run).seq - 1
+        skipped = min(max(after - begins, 0), run.events)
+        begins += run.events
         start = ends.get(run.item, 0)
         ends[run.item] = end = start + run.length
         if skipped < run.events:

@@ -20,8 +20,16 @@ InterruptReason = Literal["shutdown", "crash"]
 EndReason = CancelReason | InterruptReason
 """Why a turn was cancelled or interrupted."""
 
+OnInterrupt = Literal["fail", "retry", "continue"]
+"""What becomes of a turn whose process stops or dies: the turn ends as interrupted, or another process runs it again
+from its beginning, or lets the model go on after the text so far."""
+OnDisconnect = Literal["cancel", "continue"]
+"""What becomes of a turn whose last client has left."""
+
 SEQ_AFTER_CRASH = 1 << 30
 """The seq of the terminal event of a turn that a crash ended, higher than the seq of any event that was sent.
+
+That of a turn with several attempts is higher still: :func:`~service.storage.rules.seq_after_crash`.
 
 A log holds no more bytes than this number (the upper bound of ``log_bytes_max``), and every event has some bytes.
 """
@@ -243,6 +251,10 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     ``face`` is what the caller's face wants back with the turn; nothing below ``service/api`` looks at it. An
     *ephemeral* turn is kept like others while it is open; its end removes it. No turn follows an ephemeral one, and it
     never becomes the head.
+
+    ``attempt`` counts the processes that have run the turn. Only with an ``on_interrupt`` other than ``fail`` there may
+    be several, and only then the store keeps ``on_disconnect``. These three are not in the records of a path. While
+    such a turn is *suspended*, open without an owner, the record has the output and the ``last_seq`` of what was kept.
     """
 
     id: str
@@ -270,6 +282,9 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
     ephemeral: bool = False
     events_deleted: bool = False
+    on_interrupt: OnInterrupt = "fail"
+    attempt: int = 1
+    on_disconnect: OnDisconnect = "cancel"
     stored: bool = True
 
     @property
@@ -444,7 +459,8 @@ class BegunTurn(msgspec.Struct, frozen=True):
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """The growth of a running turn since the checkpoint before.
 
-    ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none; ``runs`` are the
+    ``after`` is the seq of the last event of the last acknowledged checkpoint, 0 if there was none. The events of an
+    adopted turn are kept up to its resumption: its first checkpoint follows that seq. ``runs`` are the
     events that follow, without gaps, and ``text`` is the text of their pieces in the order of arrival. ``items`` are
     the items that began or changed with these events, without texts, in the order of their indices; a known id replaces
     what only its model server reads. ``left_out`` is the turn's, and ``usage`` what the upstream has counted so far.
@@ -458,6 +474,36 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     items: tuple[Item, ...] = ()
     left_out: LeftOut | None = None
     usage: Usage | None = None
+
+
+class SuspendedTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """An open turn that its owner gives up, so that another owner may run it.
+
+    Attributes:
+        turn: The whole record, queued or running, with the output so far. ``last_seq`` is the seq of the last event
+            that was sent, 0 if there was none.
+        runs: All events of the turn; the texts of their pieces are those of ``turn.output``.
+        after: The seq of the last event of the last checkpoint that was acknowledged.
+    """
+
+    turn: TurnRecord
+    runs: tuple[Run, ...]
+    after: int = 0
+
+
+class AdoptedTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """A suspended turn that an owner has taken over.
+
+    Attributes:
+        turn: The record, queued or running. The output of a running one is what the next attempt goes on from: with
+            its texts if the mode of the resumption is ``continue``, else empty. ``last_seq`` is the seq of the last
+            event in ``runs``; the next event has the seq after it. ``usage`` is that of the earlier attempts.
+        runs: The events of the turn that are kept; the texts of their pieces are those of ``turn.output``. Those of a
+            running turn end with the resumption (:class:`~service.storage.pieces.Resumed`), which the store has kept.
+    """
+
+    turn: TurnRecord
+    runs: tuple[Run, ...]
 
 
 class EndResult(Enum):
@@ -478,8 +524,9 @@ class EndResult(Enum):
 class EventsPage(msgspec.Struct, frozen=True, kw_only=True):
     """Successive events of a turn; without runs if the turn has no events there.
 
-    ``after`` is the seq before the first of them, and ``text`` the text of their pieces in the order of arrival.
-    ``kept`` counts all events of the turn that are kept; the terminal event is not among them, because the turn's
+    ``after`` is the seq before the first of them, unless that is a resumption, which has a seq of its own
+    (:class:`~service.storage.pieces.Resumed`). ``text`` is the text of their pieces in the order of arrival. ``kept``
+    is the seq of the last event of the turn that is kept; the terminal event is not among them, because the turn's
     record tells it. ``ended`` tells whether the turn had ended when the page was read, so that no later read differs.
     ``text_length`` counts the code points of the turn's messages, if it has ended. With ``events_deleted`` the turn has
     no events any more.

@@ -17,9 +17,10 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import NO_OPTIONS, Usage
-from service.storage.pieces import CALL, STARTED, Run, run_of
+from service.storage.pieces import CALL, QUEUED, STARTED, Resumed, Run, resumed_run, run_of
 from service.storage.records import (
     SEQ_AFTER_CRASH,
+    AdoptedTurn,
     EndResult,
     Item,
     SessionPatch,
@@ -29,6 +30,7 @@ from service.storage.records import (
     TurnState,
     count_messages,
     cut_off,
+    text_length,
 )
 
 
@@ -326,9 +328,65 @@ def crashed(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int,
         state="interrupted",
         reason="crash",
         ended_at=now,
-        last_seq=SEQ_AFTER_CRASH,
+        last_seq=seq_after_crash(turn.attempt),
         output=tuple(map(cut_off, with_texts(joined(items), growth))),
     )
+
+
+ATTEMPTS_MAX = 3
+"""How many processes may run a turn one after the other. If the last of them dies, the turn is interrupted."""
+
+
+def resumes(turn: TurnRecord) -> bool:
+    """Whether an open turn may have another attempt if its process stops or dies. A queued turn has had none yet."""
+    if turn.on_interrupt == "fail" or turn.ephemeral:
+        return False
+    return turn.state == "queued" or turn.attempt < ATTEMPTS_MAX
+
+
+def seq_after_crash(attempt: int) -> int:
+    """A seq that is higher than any that was sent up to the end of this attempt.
+
+    An attempt sends fewer events than :data:`~service.storage.records.SEQ_AFTER_CRASH`, and after a crash the next one
+    begins above this seq.
+    """
+    return SEQ_AFTER_CRASH * (attempt + 1 if attempt > 1 else 1)
+
+
+def released(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int, str]]) -> TurnRecord:
+    """An open turn whose owner is gone, as a suspended one, with the output of its checkpoints.
+
+    ``items`` and ``growth`` are as for :func:`crashed`.
+    """
+    output = with_texts(joined(items), growth)
+    last_seq = turn.last_seq if turn.state == "queued" else SEQ_AFTER_CRASH * (turn.attempt + 1)
+    return msgspec.structs.replace(turn, last_seq=last_seq, output=output)
+
+
+def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> AdoptedTurn:
+    """A suspended turn after its adoption, with the event of its resumption.
+
+    The model goes on after a text. Where the reply ended in something else, in reasoning, in a call or in white space,
+    the next attempt begins anew.
+
+    Args:
+        turn: The turn with its output so far.
+        runs: The events that are kept.
+        continues: Whether the turn's model can go on after a text.
+    """
+    if turn.state == "queued":
+        return AdoptedTurn(turn=turn, runs=tuple(runs))
+    seq, attempt = turn.last_seq + 1, turn.attempt + 1
+    last = turn.output[-1] if turn.output else None
+    if continues and turn.on_interrupt == "continue" and last and last.type == "message" and last.text.strip():
+        kept, output = list(runs), turn.output
+        event = Resumed(seq, attempt, "continue", text_length(output))
+    else:
+        # Without a checkpoint before a crash there are no events: how the turn started is known all the same.
+        kept, output = [run for run in runs if run.item in (QUEUED, STARTED)] or [Run(STARTED)], ()
+        event = Resumed(seq, attempt, "retry")
+    adopted = msgspec.structs.replace(turn, attempt=attempt, last_seq=seq, output=output)
+    return AdoptedTurn(turn=adopted, runs=(*kept, resumed_run(event)))
 
 
 def check_takes_turns(session: SessionRecord) -> None:

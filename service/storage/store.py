@@ -9,6 +9,9 @@ as the write, so that several processes may share a store.
 An open store is one owner. The turns that an owner began belong to it until they end, the store closes or the
 process dies; only then may :meth:`Store.recover` of another owner end these turns. All open turns of a session
 have one owner. The store refuses a new turn of this session to any other owner, and names the first one.
+
+A turn whose ``on_interrupt`` is not ``fail`` may outlive its owner: the owner *suspends* it, or the recovery releases
+it. Then it is open and nobody's, until an owner *adopts* it. For all calls but these it is an open turn like others.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +23,7 @@ import msgspec
 from service.models.client import Usage
 from service.storage.pieces import Run
 from service.storage.records import (
+    AdoptedTurn,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -33,6 +37,7 @@ from service.storage.records import (
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    SuspendedTurn,
     TitleSource,
     TreeNode,
     TurnRecord,
@@ -337,6 +342,8 @@ class Store(Protocol):
             TurnInProgressError: With ``branches``, a turn on the path to ``turn.parent`` is open.
             OwnedElsewhereError: Another owner, which lives, has open turns of this session. (Turns of an owner that
                 is gone are recovered in the same step.)
+            TurnsSuspendedError: The session has suspended turns, or turns of an owner that is gone which would be
+                suspended, and none of this owner: :meth:`adopt_turns` comes first.
         """
         ...
 
@@ -406,7 +413,8 @@ class Store(Protocol):
 
         Raises:
             SessionNotFoundError
-            ItemNotFoundError: No turn has this item. (The reply of an open turn is not in the store.)
+            ItemNotFoundError: No turn has this item. (The reply of an open turn is not in the store, unless the turn is
+                suspended.)
         """
         ...
 
@@ -462,8 +470,56 @@ class Store(Protocol):
         """
         ...
 
+    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        """Give up open turns of this owner, so that any owner may adopt them: all of them in one step.
+
+        Keeps what the turns have said: from now on :meth:`get_turn` and :meth:`read_events` show it. They stay open.
+        A session of which this owner has no other open turn has no owner any more. Counts as a use of the session.
+
+        Returns the ids of the turns that are open neither as this owner's nor as suspended ones: they are lost. So a
+        repeated call, after one with an unknown outcome, returns the same.
+        """
+        ...
+
+    async def adopt_turns(
+        self,
+        session_id: str,
+        *,
+        now: datetime,
+        continues: Callable[[TurnRecord], bool],
+        running: Collection[str] = (),
+    ) -> Sequence[AdoptedTurn]:
+        """Become the owner of a session's suspended turns, in the order of their acceptance.
+
+        The turns of an owner that is gone are recovered first, as by :meth:`recover`. For each running turn another
+        attempt begins, in the same step: ``attempt`` grows, :func:`~service.storage.rules.resumed` chooses the mode,
+        and the resumption is kept as the last event; in the mode ``retry`` the output and the events of the earlier
+        attempts are dropped. A queued turn stays as it is. Of several owners at once one gets the turns.
+
+        Empty if there is nothing to adopt, also if the session does not exist or is marked as deleted. After a call
+        that was cancelled or failed the turns may be this owner's already: the next call returns these, too, as they
+        are, without another attempt.
+
+        Args:
+            continues: Whether the model of a turn can go on after the text so far. May be called in another thread, and
+                several times.
+            running: Those of this owner's open turns of the session that the caller knows. They are never returned.
+
+        Raises:
+            OwnedElsewhereError: Another owner, which lives, has open turns of this session.
+        """
+        ...
+
+    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
+        """Ids of the sessions whose turns were suspended at ``idle_since`` or before, and that were not used since.
+
+        The one that waits longest comes first. A session that is marked as deleted is not among them. The cost depends
+        on the number of suspended turns.
+        """
+        ...
+
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
-        """A turn. Without ``with_texts`` the texts of a long output may be empty.
+        """A turn. Without ``with_texts`` the texts of a long output, or of a suspended turn's, may be empty.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
@@ -576,7 +632,8 @@ class Store(Protocol):
         ...
 
     async def find_owner(self, session_id: str) -> Owner | None:
-        """The owner of a session's open turns, if it is another owner; None if it is this one or there are none.
+        """The owner of a session's open turns, if it is another owner; None if it is this one, if there are no open
+        turns, or if these are suspended.
 
         Does not check whether that owner lives. Reads deleted and expired sessions, too.
         """
@@ -587,9 +644,13 @@ class Store(Protocol):
 
         Called at start, before any turn, and again whenever an owner may have died; safe beside other owners.
         Each such turn keeps the output and events of its last checkpoint, and its ``last_seq`` becomes
-        :data:`~service.storage.records.SEQ_AFTER_CRASH`, higher than any seq that was ever sent. For its
+        :func:`~service.storage.rules.seq_after_crash`, higher than any seq that was ever sent. For its
         session it is an end like any other: a use at ``now``, and no longer an open turn. Returns how many
         turns it ended.
+
+        A turn that may have another attempt (:func:`~service.storage.rules.resumes`) does not end: it is suspended with
+        what was kept of it. The seq of the next attempt's resumption follows ``last_seq``, which becomes higher than
+        any seq that was ever sent, too.
 
         Args:
             after_step: Called after each step. Each step is short; their number depends on the number of turns.

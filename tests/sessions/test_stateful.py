@@ -33,12 +33,12 @@ from service.models.client import Message
 from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events.events import TurnCancelled, TurnCompleted, TurnFailed, TurnInterrupted
 from service.sessions.sessions import Sessions, open_sessions
-from service.sessions.turns.turn import OnDisconnect, Turn, Watch
+from service.sessions.turns.turn import Turn, Watch
 from service.sessions.upkeep.expiry import sweep
 from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
-from service.storage.records import Places, SessionPatch, Siblings, TurnState
+from service.storage.records import OnDisconnect, Places, SessionPatch, Siblings, TurnState
 from tests.sessions.puppet import frames_in, frames_of, pieces_of, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
 from tests.storage.rows import told

@@ -22,7 +22,7 @@ from service.api.http.wire_types import (
 )
 from service.api.http.wire_types import NO_NUL as _NO_NUL
 from service.sessions.commands import INPUT_ITEMS_MAX, OnConflict
-from service.sessions.turns.turn import OnDisconnect
+from service.storage.records import OnDisconnect
 
 _OF_SESSION = Meta(description="The session's if left out.")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from math import inf
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 import trio
@@ -31,9 +31,8 @@ from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import Checkpoint, Item, LeftOut, Siblings, TurnRecord, TurnState
+from service.storage.records import Checkpoint, Item, LeftOut, OnDisconnect, Siblings, TurnRecord, TurnState
 
-OnDisconnect = Literal["cancel", "continue"]
 RETURN_S = 5.0
 """How long a turn runs on after another process of this service has cut off its client: enough for some attempts of a
 client that waits a second before each, as the streams tell it to."""

@@ -45,6 +45,7 @@ from service.storage.postgres.owners import FenceLostError, Observer, Ownership
 from service.storage.postgres.reader import Reader
 from service.storage.postgres.writer import Writer
 from service.storage.records import (
+    AdoptedTurn,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -58,6 +59,7 @@ from service.storage.records import (
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    SuspendedTurn,
     TitleSource,
     TreeNode,
     TurnRecord,
@@ -473,6 +475,22 @@ class PostgresStore:
         except FenceLostError:
             kept = await self._read(lambda db: turns.find(db, turn.session_id, turn.id))
             return rules.result_of_late_end(kept, turn)
+
+    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        raise NotImplementedError
+
+    async def adopt_turns(
+        self,
+        session_id: str,
+        *,
+        now: datetime,
+        continues: Callable[[TurnRecord], bool],
+        running: Collection[str] = (),
+    ) -> Sequence[AdoptedTurn]:
+        raise NotImplementedError
+
+    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
+        raise NotImplementedError
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))

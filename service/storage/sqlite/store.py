@@ -20,6 +20,7 @@ from service.storage import rules
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
 from service.storage.records import (
+    AdoptedTurn,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -33,6 +34,7 @@ from service.storage.records import (
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    SuspendedTurn,
     TitleSource,
     TreeNode,
     TurnRecord,
@@ -469,6 +471,22 @@ class SqliteStore:
                     )
                 )
         return staged
+
+    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        raise NotImplementedError
+
+    async def adopt_turns(
+        self,
+        session_id: str,
+        *,
+        now: datetime,
+        continues: Callable[[TurnRecord], bool],
+        running: Collection[str] = (),
+    ) -> Sequence[AdoptedTurn]:
+        raise NotImplementedError
+
+    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
+        raise NotImplementedError
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))

@@ -27,13 +27,13 @@ from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events.event_log import Events
 from service.sessions.events.events import Event, TurnCancelled, TurnCompleted, TurnDelta, TurnFailed, TurnInterrupted
 from service.sessions.sessions import Sessions, open_sessions
-from service.sessions.turns.turn import OnDisconnect, Turn, Watch
+from service.sessions.turns.turn import Turn, Watch
 from service.sessions.upkeep.expiry import sweep
 from service.sessions.upkeep.recovery import recover_once
 from service.settings import Settings
 from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
-from service.storage.records import BegunTurn, EventsPage, TurnRecord
+from service.storage.records import BegunTurn, EventsPage, OnDisconnect, TurnRecord
 from service.storage.store import Store
 from tests.sessions.puppet import frames_in, frames_of, kinds, open_stage, pieces_of, read_all
 from tests.sessions.scripts import Script, ScriptedReplies, token
