@@ -16,9 +16,10 @@ from service.sessions.events.events import (
     TurnDelta,
     TurnQueued,
     TurnReasoning,
+    TurnResumed,
     TurnStarted,
 )
-from service.storage.pieces import CALL, QUEUED, STARTED, Run, run_of
+from service.storage.pieces import CALL, QUEUED, RESUMED, STARTED, Resumed, Run, resumed_of, resumed_run, run_of
 from service.storage.records import EventsPage, TurnRecord
 
 _PIECES: dict[str, type[TurnDelta | TurnReasoning | TurnArguments]] = {
@@ -48,6 +49,8 @@ def runs_of(events: Iterable[Event]) -> Iterator[Run]:
             yield Run(CALL - event.item)
         elif isinstance(event, TurnQueued):
             yield Run(QUEUED)
+        elif isinstance(event, TurnResumed):
+            yield resumed_run(Resumed(event.seq, event.attempt, event.mode, event.text_length))
     if lengths:
         yield run_of(item, lengths)
 
@@ -69,6 +72,13 @@ def place_after(page: EventsPage, seq: int, *, place: Place) -> Place:
     at, index, offset, start = place
     while at < seq:
         run = page.runs[index]
+        if run.item == RESUMED:
+            resumed = resumed_of(run).seq
+            if resumed > seq:  # a seq before it that no event has
+                at = seq
+                break
+            at, index = resumed, index + 1
+            continue
         if run.item < 0:
             at, index = at + 1, index + 1
             continue
@@ -92,8 +102,8 @@ def events_of(turn: TurnRecord, page: EventsPage, place: Place, *, events_max: i
     while index < len(page.runs) and len(events) < events_max:
         run = page.runs[index]
         if run.item < 0:
-            seq, index = seq + 1, index + 1
-            events.append(_opening(turn, run.item, seq))
+            events.append(opening_of(turn, run, seq + 1))
+            seq, index = events[-1].seq, index + 1
             continue
         end = run.end_of(events_max - len(events), offset)
         kind = _PIECES[turn.output[run.item].type]
@@ -113,7 +123,12 @@ def without_contents(turn: TurnRecord) -> TurnRecord:
     )
 
 
-def _opening(turn: TurnRecord, item: int, seq: int) -> TurnQueued | TurnStarted | TurnCall:
+def opening_of(turn: TurnRecord, run: Run, seq: int) -> TurnQueued | TurnStarted | TurnCall | TurnResumed:
+    """The event of a run that is no pieces. ``seq`` is the one after that of the event before."""
+    item = run.item
+    if item == RESUMED:
+        resumed = resumed_of(run)
+        return TurnResumed(seq=resumed.seq, attempt=resumed.attempt, mode=resumed.mode, text_length=resumed.text_length)
     if item <= CALL:
         call = turn.output[CALL - item]
         return TurnCall(seq=seq, item=CALL - item, id=call.id, call_id=call.call_id, name=call.name)

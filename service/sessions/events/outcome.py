@@ -43,7 +43,6 @@ class Suspended(msgspec.Struct, frozen=True):
     it."""
 
 
-
 def failed(code: FailureCode, message: str, *, param: str | None = None) -> Failed:
     return Failed(Failure(code, message, msgspec.UNSET if param is None else param))
 

@@ -9,7 +9,7 @@ from service.errors import EventsDeletedError, EventsLostError, SessionNotFoundE
 from service.sessions.events.event_log import InlineReader
 from service.sessions.events.events import Event, TerminalEvent
 from service.sessions.events.kept_events import Place, events_of, place_after, terminal_event_of, without_contents
-from service.storage.pieces import Run, count
+from service.storage.pieces import Run, last_seq
 from service.storage.records import EventsPage, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
@@ -27,7 +27,7 @@ class _Page:
     def __init__(self, page: EventsPage) -> None:
         self.page = page
         self.begin = Place(page.after)
-        self.end = page.after + count(page.runs)
+        self.end = last_seq(page.runs, page.after)
 
 
 class Replays:
