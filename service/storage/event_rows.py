@@ -26,7 +26,7 @@ def page_in_turn(runs: Sequence[Run], output: Sequence[Item], *, after: int, len
         after=after,
         runs=tuple(part),
         text=pieces.text_of(runs, [item.text for item in output], after=after, events=pieces.count(part)),
-        kept=pieces.count(runs),
+        kept=pieces.last_seq(runs),
         ended=True,
         text_length=text_length(output),
     )
@@ -38,7 +38,7 @@ def page_of_rows(rows: Iterable[tuple[int, list[Run], str]], *, after: int, leng
     texts: list[str] = []
     size = 0
     for row_after, row_runs, row_text in rows:
-        rest = list(pieces.skip(row_runs, max(after - row_after, 0)))
+        rest = list(pieces.skip(row_runs, after, begins=row_after))
         length = sum(run.length for run in rest)
         cost = sum(run.cost for run in rest)
         if runs and size + cost > length_max:

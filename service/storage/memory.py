@@ -34,6 +34,7 @@ from service.errors import (
     SessionNotFoundError,
     TurnInProgressError,
     TurnNotFoundError,
+    TurnsSuspendedError,
 )
 from service.ids import owner_of
 from service.models.client import Usage
@@ -52,7 +53,7 @@ from service.storage.page_cursor import (
     encode_cursor,
 )
 from service.storage.page_size import fitting, page_of_sessions
-from service.storage.pieces import Run, count, pack, skip, split, text_of, unpack
+from service.storage.pieces import Run, count, join, last_seq, pack, skip, split, text_of, unpack
 from service.storage.records import (
     AdoptedTurn,
     BegunTurn,
@@ -130,6 +131,8 @@ class MemoryStore:
         self._by_pair: dict[tuple[str | None, str, str], SortedList[tuple[datetime, str]]] = {}
         """The sessions that are not marked as deleted, for each pair of their metadata: those of each owner, and those
         of all owners under None."""
+        self._suspended: dict[str, None] = {}
+        """The sessions with suspended turns."""
 
     # Sessions
 
@@ -365,6 +368,8 @@ class MemoryStore:
         else:
             session = self._to_follow(turn, now)
             rules.check_head(session.record, head)
+            if session.is_suspended:
+                raise TurnsSuspendedError(session.open_turns()[0].record.id)
             if branches:
                 self._refuse_if_open(turn.session_id, turn.parent)
         kept = self._turns[turn.id] = KeptTurn(turn)
@@ -540,7 +545,7 @@ class MemoryStore:
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
         turn = self._find_turn(turn_id)
-        if turn is None:
+        if turn is None or turn.is_suspended:
             return False
         turn.record = rules.started(turn.record, now)
         return turn.record.is_open
@@ -548,8 +553,14 @@ class MemoryStore:
     async def checkpoint_turns(self, checkpoints: Sequence[Checkpoint]) -> Collection[str]:
         # Nothing is kept, because no turn in this store outlives its owner.
         await anyio.lowlevel.checkpoint()
-        turns = ((it.turn_id, self._find_turn(it.turn_id)) for it in checkpoints)
-        return [turn_id for turn_id, turn in turns if turn is None or not turn.record.is_open]
+        lost: list[str] = []
+        for it in checkpoints:
+            turn = self._find_turn(it.turn_id)
+            if turn is None or turn.is_suspended or not turn.record.is_open:
+                lost.append(it.turn_id)
+            else:
+                turn.adopted = None
+        return lost
 
     async def end_turn(
         self,
@@ -561,7 +572,7 @@ class MemoryStore:
     ) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
         kept = self._find_turn(turn.id)
-        if kept is None or not kept.record.is_open:
+        if kept is None or kept.is_suspended or not kept.record.is_open:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
         if turn.ephemeral:
@@ -571,8 +582,7 @@ class MemoryStore:
         kept.record, kept.document = turn, self._documents.reserve()
         self._documents.note(kept.document, Document(turn.session_id, turn.id, kept.texts, kept.is_deleted))
         session.documents.add(kept.document)
-        kept.pages = tuple(_pages_of(runs))
-        kept.kept = count(runs)
+        kept.pages, kept.kept, kept.adopted = tuple(_pages_of(runs)), last_seq(runs), None
         self._replace(session, rules.ended(session.record, turn, now))
         return EndResult.KEPT
 
@@ -589,7 +599,17 @@ class MemoryStore:
             self._gone.append(session.keys.pop(turn.record.id))
 
     async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
-        raise NotImplementedError
+        await anyio.lowlevel.checkpoint()
+        found = [(it, self._find_turn(it.turn.id)) for it in turns]
+        for it, turn in found:
+            if turn is not None and turn.record.is_open and not turn.is_suspended:
+                session = self._sessions[turn.record.session_id]
+                turn.record, turn.is_suspended, turn.adopted = it.turn, True, None
+                turn.pages, turn.kept = tuple(_pages_of(it.runs)), last_seq(it.runs)
+                session.suspended += 1
+                self._suspended[session.record.id] = None
+                self._replace(session, rules.used(session.record, now))
+        return [it.turn.id for it, turn in found if turn is None or not turn.is_suspended]
 
     async def adopt_turns(
         self,
@@ -599,10 +619,27 @@ class MemoryStore:
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
     ) -> Sequence[AdoptedTurn]:
-        raise NotImplementedError
+        await anyio.lowlevel.checkpoint()
+        session = self._sessions.get(session_id)
+        if session is None or session.deleted:
+            return []
+        for turn in session.open_turns():
+            if turn.is_suspended:
+                runs = join(run for page in turn.pages for run in unpack(page.runs))
+                turn.adopted = rules.resumed(turn.record, runs, continues=continues(turn.record))
+                turn.record = msgspec.structs.replace(turn.adopted.turn, output=())
+                turn.pages, turn.kept, turn.is_suspended = (), 0, False
+        session.suspended = 0
+        self._suspended.pop(session_id, None)
+        adopted = [turn.adopted for turn in session.open_turns()]
+        return [it for it in adopted if it is not None and it.turn.id not in running]
 
     async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
-        raise NotImplementedError
+        await anyio.lowlevel.checkpoint()
+        found = (self._sessions[session_id] for session_id in self._suspended)
+        waiting = [it.record for it in found if it.is_suspended and not it.deleted]
+        waiting.sort(key=attrgetter("last_accessed_at", "id"))
+        return [it.id for it in waiting[:limit] if it.last_accessed_at <= idle_since]
 
     async def get_turn(
         self,
@@ -692,7 +729,7 @@ class MemoryStore:
             after=after,
             kept=turn.kept,
             ended=not turn.record.is_open,
-            text_length=text_length(turn.record.output),
+            text_length=0 if turn.record.is_open else text_length(turn.record.output),
         )
         if after >= turn.kept:
             return page
@@ -1011,6 +1048,7 @@ class MemoryStore:
             self._forget(turn)
             del self._turns[turn.record.id]
         del self._sessions[session.record.id]
+        self._suspended.pop(session.record.id, None)
         for name in session.keys.values():
             self._keys[name].session = None
         self._gone.extend(session.keys.values())
@@ -1053,7 +1091,7 @@ def _with_events(added: Sequence[TurnRecord]) -> Steps[list[KeptTurn]]:
     for turn in added:
         yield
         runs = rules.events_at_once(turn.output)
-        turns.append(KeptTurn(turn, tuple(_pages_of(runs)), count(runs)))
+        turns.append(KeptTurn(turn, tuple(_pages_of(runs)), last_seq(runs)))
     return turns
 
 
@@ -1083,4 +1121,4 @@ def _pages_of(runs: Sequence[Run]) -> Iterator[KeptEvents]:
         yield KeptEvents(after, pack(part), {run.item: ends.get(run.item, 0) for run in part})
         for run in part:
             ends[run.item] = ends.get(run.item, 0) + run.length
-        after += count(part)
+        after = last_seq(part, after)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from sortedcontainers import SortedList
 
 from service.steps import Steps
-from service.storage.records import SessionRecord, SessionStatus, Siblings, TurnRecord
+from service.storage.records import AdoptedTurn, SessionRecord, SessionStatus, Siblings, TurnRecord
 from service.storage.search import searched_texts
 
 _LOOKED_AT_ONCE = 100
@@ -45,7 +45,7 @@ class KeptTurn:
     pages: Sequence[KeptEvents] = ()
     """The events, in pages, so that a replay reads one of them at a time."""
     kept: int = 0
-    """The number of events."""
+    """The seq of the last event."""
     ordinal: int = 0
     """From 0, in the order of acceptance."""
     place: int = 1
@@ -53,6 +53,9 @@ class KeptTurn:
     document: int | None = None
     """Its number among the documents that are searched, once it has ended."""
     deletion: TurnDeletion | None = None
+    is_suspended: bool = False
+    adopted: AdoptedTurn | None = None
+    """What the adoption has returned, until the turn's owner writes something of it."""
 
     def is_deleted(self) -> bool:
         return self.deletion is not None and self.deletion.is_done
@@ -81,6 +84,8 @@ class KeptSession:
     """The number of the title among the documents that are searched."""
     documents: SortedList[int] = field(default_factory=SortedList)
     """The numbers of all documents of the session."""
+    suspended: int = 0
+    """How many of the open turns are suspended."""
 
     def add(self, turn: KeptTurn) -> Siblings:
         """Add a turn as the newest one."""
@@ -95,6 +100,21 @@ class KeptSession:
     def version(self) -> tuple[int, int, int]:
         """What changes with each deletion, each new turn and each turn that its end removes."""
         return self.edits, self.begun, self.removed
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether all open turns are suspended, and there are some."""
+        return 0 < self.suspended == self.record.open_turns
+
+    def open_turns(self) -> list[KeptTurn]:
+        """The open turns, in the order of their acceptance."""
+        found: list[KeptTurn] = []
+        for turn in reversed(self.turns):
+            if len(found) == self.record.open_turns:
+                break
+            if turn.record.is_open:
+                found.append(turn)
+        return found[::-1]
 
     def followers_of(self, turn: KeptTurn) -> Steps[list[KeptTurn]]:
         """A turn and all that follow it."""
