@@ -598,9 +598,9 @@ class MemoryStore:
         if turn.record.id in session.keys:
             self._gone.append(session.keys.pop(turn.record.id))
 
-    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+    async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
         await anyio.lowlevel.checkpoint()
-        found = [(it, self._find_turn(it.turn.id)) for it in turns]
+        found = [(it, self._find_turn(it.turn.id)) for it in suspended]
         for it, turn in found:
             if turn is not None and turn.record.is_open and not turn.is_suspended:
                 session = self._sessions[turn.record.session_id]
@@ -615,7 +615,7 @@ class MemoryStore:
         self,
         session_id: str,
         *,
-        now: datetime,
+        now: datetime,  # noqa: ARG002
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
     ) -> Sequence[AdoptedTurn]:

@@ -23,6 +23,7 @@ from service.storage.records import (
     AdoptedTurn,
     EndResult,
     Item,
+    OnInterrupt,
     SessionPatch,
     SessionRecord,
     SessionStatus,
@@ -339,9 +340,12 @@ ATTEMPTS_MAX = 3
 
 def resumes(turn: TurnRecord) -> bool:
     """Whether an open turn may have another attempt if its process stops or dies. A queued turn has had none yet."""
-    if turn.on_interrupt == "fail" or turn.ephemeral:
-        return False
-    return turn.state == "queued" or turn.attempt < ATTEMPTS_MAX
+    return may_resume(turn.state, turn.on_interrupt, turn.attempt)
+
+
+def may_resume(state: TurnState, on_interrupt: OnInterrupt, attempt: int) -> bool:
+    """:func:`resumes` of the fields that it looks at."""
+    return on_interrupt != "fail" and (state == "queued" or attempt < ATTEMPTS_MAX)
 
 
 def seq_after_crash(attempt: int) -> int:

@@ -470,7 +470,7 @@ class Store(Protocol):
         """
         ...
 
-    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+    async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
         """Give up open turns of this owner, so that any owner may adopt them: all of them in one step.
 
         Keeps what the turns have said: from now on :meth:`get_turn` and :meth:`read_events` show it. They stay open.

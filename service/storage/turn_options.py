@@ -6,7 +6,8 @@ from typing import Any
 import msgspec
 
 from service.models.client import NO_OPTIONS, Options, Tools
-from service.storage.records import TurnRecord
+from service.storage import rules
+from service.storage.records import OnDisconnect, OnInterrupt, TurnRecord, TurnState
 
 
 class _TurnOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,6 +15,9 @@ class _TurnOptions(msgspec.Struct, frozen=True, kw_only=True):
     system_message: str | msgspec.UnsetType = msgspec.UNSET
     further: Options | msgspec.UnsetType = msgspec.UNSET
     face: dict[str, msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET
+    on_interrupt: OnInterrupt | msgspec.UnsetType = msgspec.UNSET
+    on_disconnect: OnDisconnect | msgspec.UnsetType = msgspec.UNSET
+    attempt: int | msgspec.UnsetType = msgspec.UNSET
 
 
 _decoder: msgspec.json.Decoder[_TurnOptions] = msgspec.json.Decoder(_TurnOptions)
@@ -27,8 +31,19 @@ def options_json(turn: TurnRecord) -> bytes | None:
         system_message=msgspec.UNSET if turn.system_message is None else turn.system_message,
         further=msgspec.UNSET if turn.options == NO_OPTIONS else turn.options,
         face=turn.face,
+        **({} if turn.on_interrupt == "fail" else _on_interrupt(turn)),
     )
     return None if options == _NOTHING_ASKED else msgspec.json.encode(options)
+
+
+def _on_interrupt(turn: TurnRecord) -> dict[str, Any]:
+    return {"on_interrupt": turn.on_interrupt, "on_disconnect": turn.on_disconnect, "attempt": turn.attempt}
+
+
+def may_resume(state: TurnState, options: bytes | str | None) -> bool:
+    """Whether an open turn with these options may have another attempt (:func:`~service.storage.rules.may_resume`)."""
+    asked = options_of(options)
+    return bool(asked) and rules.may_resume(state, asked["on_interrupt"], asked["attempt"])
 
 
 def options_of(json: bytes | str | None) -> dict[str, Any]:
@@ -41,4 +56,7 @@ def options_of(json: bytes | str | None) -> dict[str, Any]:
         "options": options.further or NO_OPTIONS,
         "face": options.face,
         "system_message": None if options.system_message is msgspec.UNSET else options.system_message,
+        "on_interrupt": options.on_interrupt or "fail",
+        "on_disconnect": options.on_disconnect or "cancel",
+        "attempt": options.attempt or 1,
     }

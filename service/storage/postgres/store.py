@@ -476,7 +476,7 @@ class PostgresStore:
             kept = await self._read(lambda db: turns.find(db, turn.session_id, turn.id))
             return rules.result_of_late_end(kept, turn)
 
-    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+    async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
         raise NotImplementedError
 
     async def adopt_turns(

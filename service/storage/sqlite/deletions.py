@@ -21,14 +21,13 @@ from service.storage.sqlite import (
     documents,
     event_pages,
     reclaim,
-    recovery,
     removals,
     sessions,
     tree_changes,
     trees,
     turns,
 )
-from service.storage.sqlite.ownership import Ownership
+from service.storage.sqlite.ownership import NOBODY, Ownership
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, values_of
 from service.storage.sqlite.tree_changes import Part, Progress
 
@@ -42,7 +41,7 @@ _NEWER_FIRST = (
     "SELECT id, ordinal, instr(input, :item) > 0 OR instr(output, :item) > 0 FROM shown_turns "
     "WHERE session = :session AND ordinal < :below ORDER BY ordinal DESC"
 )
-_OPEN = "SELECT id FROM turns WHERE owner = ? AND session = ?"
+_OPEN = f"SELECT id FROM turns WHERE owner IN ({NOBODY}, ?) AND session = ?"
 _IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
 _FOUND = f"{TURN_COLUMNS}, key, ordinal"
 _GET = f"SELECT {_FOUND} FROM shown_turns WHERE id = ? AND session = ?"
@@ -201,7 +200,7 @@ def delete_turn(
 
 def _empty(db: apsw.Connection, read: EndOfBranchRead, change: int, owners: Ownership, now: datetime) -> Progress:
     kept = sessions.visible(db, read.session_id, now)
-    if _recover(db, kept, owners, now) or read.version != _version_of(kept):
+    if sessions.settle(db, kept, owners, now) or read.version != _version_of(kept):
         return tree_changes.give_up(db, change)
     if still_open := _open_follower(db, kept, read.turn_id, read.ordinal, owners.fence):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_DELETING)
@@ -230,7 +229,7 @@ def delete_turns(
 ) -> Progress:
     """Do one step of the deletion of the turns that a read has found."""
     kept = sessions.visible(db, read.session_id, now)
-    if _recover(db, kept, owners, now) or read.version != _version_of(kept):
+    if sessions.settle(db, kept, owners, now) or read.version != _version_of(kept):
         return tree_changes.give_up(db, change)
     if read.open_turn is not None:
         if db.execute(_IS_OPEN, (read.open_turn, kept.key)).get:
@@ -252,19 +251,6 @@ def delete_turns(
 def _reclaim_some(db: apsw.Connection, change: int) -> None:
     if RECLAIM_S:
         reclaim.finish_change(db, change, tree_changes.DELETED, deadline=time.monotonic() + RECLAIM_S)
-
-
-def _recover(db: apsw.Connection, kept: sessions.StoredSession, owners: Ownership, now: datetime) -> bool:
-    """End the session's open turns if their owner is gone. Returns whether this was so.
-
-    Raises:
-        OwnedElsewhereError: The owner lives.
-    """
-    if kept.owner in (None, owners.fence):
-        return False
-    recovery.refuse_if_alive(db, kept.owner, owners, kept.record.id)
-    recovery.end_turns_of(db, kept.owner, now, session=kept.key)
-    return True
 
 
 # Items
@@ -364,7 +350,7 @@ def delete_item(
     """
     session_id = search.session_id
     kept = sessions.visible(db, session_id, now)
-    if _recover(db, kept, owners, now):
+    if sessions.settle(db, kept, owners, now):
         return tree_changes.give_up(db, change)
     if search.turn is None:
         raise ItemNotFoundError(search.item_id)

@@ -10,6 +10,7 @@ from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.records import TurnRecord
 from service.storage.sqlite import documents, event_pages, removals
+from service.storage.sqlite.ownership import NOBODY
 from service.storage.sqlite.rows import values_of
 
 _COLUMNS = (
@@ -32,7 +33,11 @@ _COLUMNS = (
 _END = f"UPDATE turns SET owner = NULL, {', '.join(f'{name} = :{name}' for name in _COLUMNS)} WHERE key = :key"
 _COUNT = (
     "UPDATE sessions SET open_turns = open_turns + :open_turns, "
-    "owner = CASE open_turns + :open_turns WHEN 0 THEN NULL ELSE owner END, "
+    # The owner of a session has an open turn of it: the others may all be suspended.
+    "owner = CASE WHEN open_turns + :open_turns = 0 THEN NULL "
+    f"WHEN EXISTS (SELECT 1 FROM turns WHERE owner = {NOBODY} AND +session = :session) AND NOT EXISTS ("
+    "SELECT 1 FROM turns WHERE owner = sessions.owner AND +session = :session AND key <> :turn) "
+    f"THEN {NOBODY} ELSE owner END, "
     "message_count = message_count + :message_count, input_tokens = input_tokens + :input_tokens, "
     "output_tokens = output_tokens + :output_tokens, reasoning_tokens = reasoning_tokens + :reasoning_tokens, "
     "cached_tokens = cached_tokens + :cached_tokens, last_accessed_at = :now, expires_at = :expires_at "
@@ -65,6 +70,7 @@ def keep_end(
         _COUNT,
         {
             "session": session,
+            "turn": key,
             "open_turns": counts.open_turns,
             "message_count": counts.message_count,
             "input_tokens": counts.input_tokens,

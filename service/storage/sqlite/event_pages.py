@@ -63,7 +63,7 @@ def keep(db: apsw.Connection, turn: int, runs: Sequence[Run], text: str, *, afte
             "INSERT INTO event_pages (turn, after, runs, text) VALUES (?, ?, ?, ?)",
             (turn, after, pieces.pack(part), part_text.encode()),
         )
-        after += pieces.count(part)
+        after = pieces.last_seq(part, after)
 
 
 def drop_all(db: apsw.Connection, turn: int) -> None:
@@ -142,9 +142,10 @@ def read(db: apsw.Connection, session_id: str, turn_id: str, *, after: int, leng
     last: Row | None = db.execute(_LAST_PAGE, (turn, end)).fetchone()
     if last is not None:
         rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_PAGES_FROM, bounds))
-        kept = last[0] + pieces.count(pieces.unpack(last[1]))
+        kept = pieces.last_seq(pieces.unpack(last[1]), last[0])
         page = page_of_rows(rows, after=after, length_max=length_max)
-        return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=paged_length or 0)
+        length = paged_length if ended else 0  # a suspended turn has one, too
+        return msgspec.structs.replace(page, kept=kept, ended=ended, text_length=length or 0)
     output = items_of(db.execute(_OUTPUT, (turn,)).get)
     last = db.execute(_LAST_FRAMES, (turn, end)).fetchone()
     if last is None:

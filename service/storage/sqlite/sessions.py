@@ -15,7 +15,7 @@ from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus, TitleSource
 from service.storage.sqlite import documents, idempotency, metadata, recovery, removals, trees
-from service.storage.sqlite.ownership import Ownership
+from service.storage.sqlite.ownership import Ownership, others_of
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, session_of, settings_of
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner, edits FROM sessions WHERE id = ?"
@@ -338,11 +338,23 @@ def _free_to_move(
     still_open = next((turn for turn in found if turn is not None), None)
     if still_open is None:
         return kept
-    if kept.owner in (None, owners.fence):
+    if not settle(db, kept, owners, now):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_MOVING)
-    recovery.refuse_if_alive(db, kept.owner, owners, kept.record.id)
-    recovery.end_turns_of(db, kept.owner, now, session=kept.key)
-    return visible(db, kept.record.id, now)
+    return _free_to_move(db, visible(db, kept.record.id, now), head, owners, now)  # some may be suspended now
+
+
+def settle(db: apsw.Connection, kept: StoredSession, owners: Ownership, now: datetime) -> bool:
+    """Recover the open turns of a session if their owner is gone. Returns whether this was so.
+
+    Raises:
+        OwnedElsewhereError: The owner lives.
+    """
+    others = others_of(kept.owner, besides=owners.fence)
+    if others is None:
+        return False
+    recovery.refuse_if_alive(db, others, owners, kept.record.id)
+    recovery.recover_turns_of(db, others, now, session=kept.key)
+    return True
 
 
 def mark_deleted(
@@ -355,9 +367,7 @@ def mark_deleted(
 ) -> None:
     kept = visible(db, session_id, now)
     rules.check_revision(kept.record, revisions)
-    if kept.owner not in (None, deleter.fence):
-        recovery.refuse_if_alive(db, kept.owner, deleter, session_id)
-        recovery.end_turns_of(db, kept.owner, now, session=kept.key)
+    settle(db, kept, deleter, now)
     db.execute("UPDATE sessions SET deletion = 1, deleter = ? WHERE key = ?", (deleter.fence, kept.key))
 
 

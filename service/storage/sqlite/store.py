@@ -43,6 +43,7 @@ from service.storage.records import (
 from service.storage.search import search_query, terms_of
 from service.storage.sql_thread import CLAIMED_GRACE_S, SqlThread
 from service.storage.sqlite import (
+    adoptions,
     creations,
     deletions,
     documents,
@@ -52,6 +53,7 @@ from service.storage.sqlite import (
     recovery,
     search,
     sessions,
+    suspensions,
     tree_changes,
     trees,
     turns,
@@ -436,9 +438,8 @@ class SqliteStore:
         if turn.ephemeral:
             return await self._end_ephemeral(turn, now)
         staged = None
-        if sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX and not fits_in_turn(turn, runs):
-            text = text_of(runs, [item.text for item in turn.output], after=after)
-            staged = await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
+        if _is_large(turn) and not fits_in_turn(turn, runs):
+            staged = await self._stage_growth(turn, runs, after=after)
         terms = await terms_of(turn) if _is_long(turn) else None
         return await self._writing.call(
             lambda db: turns.end(db, turn, runs, staged, terms=terms, after=after, fence=self.fence, now=now)
@@ -448,13 +449,18 @@ class SqliteStore:
         end = partial(turns.end, turn=turn, runs=(), staged=None, terms=(), after=0, fence=self.fence, now=now)
         return await self._remove(end, lambda _: True)
 
+    async def _stage_growth(self, turn: TurnRecord, runs: Sequence[Run], *, after: int) -> turns.StagedEvents | None:
+        """Stage what a turn's reply grew by after a seq, as :meth:`_stage_events` does."""
+        text = text_of(runs, [item.text for item in turn.output], after=after)
+        return await self._stage_events(turn.session_id, turn.id, list(skip(runs, after)), text, after=after)
+
     async def _stage_events(
         self, session_id: str, turn_id: str, runs: Sequence[Run], text: str, *, after: int
     ) -> turns.StagedEvents | None:
         """Where the events are too many for one step, keep all but the last part of them."""
         if max(len(text), sum(len(run.lengths) for run in runs)) <= STEP_LENGTH_MAX:
             return None
-        staged: turns.StagedEvents | None = turns.StagedEvents(f"{STAGED_MARK} {next(self._marks)}")
+        staged: turns.StagedEvents | None = turns.StagedEvents(f"{STAGED_MARK} {next(self._marks)}", after)
         *parts, _ = split(runs, text, length_max=STEP_LENGTH_MAX)
         for part, part_text in parts:
             if staged is not None:
@@ -472,8 +478,12 @@ class SqliteStore:
                 )
         return staged
 
-    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
-        raise NotImplementedError
+    async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        staged = [
+            await self._stage_growth(it.turn, it.runs, after=it.after) if _is_large(it.turn) else None
+            for it in suspended
+        ]
+        return await self._writing.call(lambda db: turns.suspend(db, suspended, staged, fence=self.fence, now=now))
 
     async def adopt_turns(
         self,
@@ -483,10 +493,12 @@ class SqliteStore:
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
     ) -> Sequence[AdoptedTurn]:
-        raise NotImplementedError
+        return await self._writing.call(
+            lambda db: adoptions.adopt(db, session_id, self._ownership, now, continues=continues, running=running)
+        )
 
     async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
-        raise NotImplementedError
+        return await self._looking.call(lambda db: suspensions.list_page(db, limit=limit, idle_since=idle_since))
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))
@@ -612,6 +624,11 @@ class SqliteStore:
 
 def _delete_expired(db: apsw.Connection, owners: Ownership, now: datetime, limit: int) -> int:
     return sessions.delete_expired(db, now, limit) if is_oldest(db, owners) else 0
+
+
+def _is_large(turn: TurnRecord) -> bool:
+    """Whether the reply may be too long for one step."""
+    return sum(len(item.text) for item in turn.output) > STEP_LENGTH_MAX
 
 
 def _is_long(turn: TurnRecord) -> bool:

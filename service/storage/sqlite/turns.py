@@ -10,12 +10,12 @@ from itertools import islice
 import apsw
 import msgspec
 
-from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError
+from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError, TurnsSuspendedError
 from service.storage import rules
 from service.storage.moments import moment
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.page_size import fitting
-from service.storage.pieces import Run, count, skip, text_of
+from service.storage.pieces import Run, last_seq, skip, text_of
 from service.storage.records import (
     BegunTurn,
     Checkpoint,
@@ -25,13 +25,23 @@ from service.storage.records import (
     Page,
     SessionRecord,
     Siblings,
+    SuspendedTurn,
     TreeNode,
     TurnRecord,
 )
-from service.storage.sqlite import documents, event_pages, idempotency, recovery, sessions, tree_changes, trees
+from service.storage.sqlite import (
+    documents,
+    event_pages,
+    idempotency,
+    recovery,
+    sessions,
+    suspensions,
+    tree_changes,
+    trees,
+)
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
-from service.storage.sqlite.ownership import Ownership
+from service.storage.sqlite.ownership import NOBODY, Ownership, others_of
 from service.storage.sqlite.rows import PATH_COLUMNS, TURN_COLUMNS, Row, as_json, has_lost_items, values_of
 
 _NEWEST = 1 << 62
@@ -98,7 +108,7 @@ def begin(
         rules.check_first_turn(creates, turn, head)
         kept = sessions.create(db, creates, now)
     else:
-        kept, parent_ordinal = _session_for(db, turn, owners, now, head, branches=branches)
+        kept, parent_ordinal = _session_for(db, turn, owners, now, head, branches=branches, begins=True)
     path = None if path_bytes_max is msgspec.UNSET else _short_path(db, kept, turn, path_bytes_max)
     siblings = Siblings()
     if kept.turns_begun and parent_ordinal != kept.turns_begun - 1:  # nothing follows the newest turn yet
@@ -208,12 +218,14 @@ def _session_for(
     head: str | None | msgspec.UnsetType,
     *,
     branches: bool,
+    begins: bool = False,
     **instead: str,
 ) -> tuple[sessions.StoredSession, int | None]:
     """The session of a turn that may begin, and its parent's ordinal. Turns of an owner that is gone are recovered.
 
     Args:
         branches: Whether the path to the parent must have ended.
+        begins: Whether the session becomes this owner's: no turn may wait for an owner.
         instead: What the caller may do if it has not.
     """
     kept = sessions.visible(db, turn.session_id, now)
@@ -223,13 +235,17 @@ def _session_for(
         ordinal = db.execute(_ORDINAL_TO_FOLLOW, (turn.parent, kept.key)).get
         if ordinal is None:
             raise TurnNotFoundError(turn.parent)
-    others = None if kept.owner == owners.fence else kept.owner
+    others = others_of(kept.owner, besides=owners.fence)
     if others is not None:
         recovery.refuse_if_alive(db, others, owners, turn.session_id)
     rules.check_head(kept.record, head)
+    if begins and (others is not None or kept.owner == NOBODY):
+        waiting = suspensions.first_waiting(db, kept.key, others=others)
+        if waiting is not None:
+            raise TurnsSuspendedError(waiting)
     if others is not None:
-        recovery.end_turns_of(db, others, now, session=kept.key)
-        return sessions.visible(db, turn.session_id, now), ordinal
+        recovery.recover_turns_of(db, others, now, session=kept.key)
+        kept = sessions.visible(db, turn.session_id, now)
     if branches and turn.parent is not None and kept.record.open_turns:
         still_open = trees.find_open(db, kept.key, turn.parent)
         if still_open is not None:
@@ -286,7 +302,8 @@ class StagedEvents(msgspec.Struct, frozen=True):
     """
 
     mark: str
-    count: int = 0
+    seq: int
+    """The seq of the last one."""
 
 
 def stage_events(
@@ -304,13 +321,13 @@ def stage_events(
     own = _own(db, session_id, turn_id, fence)
     if own is None:
         return None
-    if staged.count == 0:
+    if staged.seq == after:
         db.execute("DELETE FROM outputs WHERE turn = ? AND after >= ?", (own.key, after))
         db.execute("INSERT INTO outputs (turn, after, items) VALUES (?, ?, ?)", (own.key, after, staged.mark))
     elif not _is_marked(db, own.key, after, staged):
         return None
-    event_pages.keep(db, own.key, runs, text, after=after + staged.count)
-    return msgspec.structs.replace(staged, count=staged.count + count(runs))
+    event_pages.keep(db, own.key, runs, text, after=staged.seq)
+    return msgspec.structs.replace(staged, seq=last_seq(runs, staged.seq))
 
 
 def checkpoint(
@@ -355,6 +372,33 @@ def end(
         _keep_rest(db, own.key, list(skip(runs, after)), text, staged, after=after)
     keep_end(db, own.key, turn, now, runs=runs, session=own.session, idle_timeout_s=own.idle_timeout_s, terms=terms)
     return EndResult.KEPT
+
+
+def suspend(
+    db: apsw.Connection,
+    suspended: Sequence[SuspendedTurn],
+    staged: Sequence[StagedEvents | None],
+    *,
+    fence: int,
+    now: datetime,
+) -> list[str]:
+    """Suspend turns. Returns those that are neither this owner's open turns nor suspended already."""
+    lost: list[str] = []
+    released: dict[int, float] = {}
+    for it, part in zip(suspended, staged, strict=True):
+        turn = it.turn
+        own = _own(db, turn.session_id, turn.id, fence)
+        if own is None:
+            if not suspensions.is_suspended(db, turn.id):
+                lost.append(turn.id)
+            continue
+        text = text_of(it.runs, [item.text for item in turn.output], after=it.after)
+        _keep_rest(db, own.key, list(skip(it.runs, it.after)), text, part, after=it.after)
+        suspensions.keep(db, own.key, turn)
+        released[own.session] = own.idle_timeout_s
+    for session, idle_timeout_s in released.items():
+        suspensions.release(db, session, now, idle_timeout_s=idle_timeout_s)
+    return lost
 
 
 def _find(db: apsw.Connection, session_id: str, turn_id: str) -> TurnRecord | None:
@@ -706,9 +750,9 @@ def _keep_rest(
 ) -> None:
     """Keep the events after ``after``, but not again those that are staged."""
     if staged is not None and _is_marked(db, turn, after, staged):
-        runs = list(skip(runs, staged.count))
+        runs = list(skip(runs, staged.seq, begins=after))
         text = text[len(text) - sum(run.length for run in runs) :]
-        after += staged.count
+        after = staged.seq
     event_pages.keep(db, turn, runs, text, after=after)
 
 

@@ -1,0 +1,426 @@
+"""Turns that outlive their owner: suspended by it or released by a recovery, and adopted by another owner."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from service.errors import (
+    HeadMovedError,
+    RepeatedError,
+    TurnInProgressError,
+    TurnNotFoundError,
+    TurnsSuspendedError,
+)
+from service.models.client import Usage
+from service.storage.pieces import CALL, QUEUED, STARTED, Resumed, Run, last_seq, resumed_run
+from service.storage.records import (
+    AdoptedTurn,
+    EndResult,
+    IdempotencyKey,
+    Item,
+    LeftOut,
+    OnInterrupt,
+    SessionPatch,
+    SuspendedTurn,
+    TurnRecord,
+)
+from service.storage.store import Store
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended, said, told
+from tests.storage.test_store_added_turns import an_added_turn
+from tests.storage.test_store_owners import a_checkpoint
+
+YES: Any = lambda _turn: True  # noqa: E731
+NO: Any = lambda _turn: False  # noqa: E731
+BEGINNING = (Run(STARTED),)
+
+
+def a_lasting_turn(
+    turn_id: str = "t", session_id: str = "s", *, on_interrupt: OnInterrupt = "continue", **changes: Any
+) -> TurnRecord:
+    return msgspec.structs.replace(a_turn(turn_id, session_id), on_interrupt=on_interrupt, **changes)
+
+
+def so_far(turn: TurnRecord, *texts: str, after: int = 0, runs: Sequence[Run] = BEGINNING) -> SuspendedTurn:
+    """A running turn with a reply so far, after the events that have no text."""
+    runs = (*runs, *said(*texts))
+    output = (Item(id=f"{turn.id}-out", role="assistant", text="".join(texts)),) if texts else ()
+    return SuspendedTurn(
+        turn=msgspec.structs.replace(turn, output=output, last_seq=last_seq(runs)), runs=runs, after=after
+    )
+
+
+async def _begin(store: Store, *turns: TurnRecord) -> None:
+    for session in dict.fromkeys(turn.session_id for turn in turns):
+        await store.create_session(a_session(session), now=T0)
+    for turn in turns:
+        await store.begin_turn(turn, now=T0)
+
+
+async def _suspended(store: Store, *texts: str, **changes: Any) -> SuspendedTurn:
+    """A session with one turn, which is suspended."""
+    turn = a_lasting_turn(**changes)
+    await _begin(store, turn)
+    it = so_far(turn, *texts)
+    assert list(await store.suspend_turns([it], now=at(1))) == []
+    return it
+
+
+async def _adopt(store: Store, session_id: str = "s", **options: Any) -> Sequence[AdoptedTurn]:
+    return await store.adopt_turns(session_id, now=at(5), **({"continues": YES} | options))
+
+
+# Suspended
+
+
+async def test_a_suspended_turn_is_open_and_shows_what_it_has_said(store: Store) -> None:
+    it = await _suspended(store, "Hel", "lo", usage=Usage(input_tokens=3, output_tokens=2), left_out=LeftOut(1, 9))
+    assert await store.get_turn("s", "t", now=T0) == it.turn
+    assert (await store.get_reply("s", "t", now=T0)).text == "Hello"
+    assert (await store.list_turns("s", limit=10, after=None, now=T0)).data == (it.turn,)
+    assert [turn.text for turn in await store.read_path("s", "t", bytes_max=None)] == ["Hello"]
+    assert await store.measure_path("s", "t") == it.turn.in_prompts
+    page = await store.read_events("s", "t")
+    assert (page.runs, page.text, page.kept, page.ended) == (it.runs, "Hello", 3, False)
+    page = await store.read_events("s", "t", after=2)
+    assert (page.runs, page.text, page.after) == (said("lo"), "lo", 2)
+    session = await store.get_session("s", now=at(1))
+    assert (session.open_turns, session.status, session.message_count) == (1, "running", 1)
+    assert (session.last_accessed_at, session.expires_at) == (at(1), at(1 + IDLE_TIMEOUT_S))
+    assert (session.input_tokens, session.output_tokens) == (0, 0), "an open turn counts at its end"
+    assert await store.find_owner("s") is None
+    assert (await store.find_item("s", "t-out", now=T0)).id == "t"
+    assert (await store.list_tree("s", limit=9, after=None, now=T0)).data[0].state == "running"
+    found = await store.search_sessions("Hello", limit=9, after=None, status=None, now=T0)
+    assert found.data == (), "only what has ended is searched"
+
+
+async def test_a_suspended_turn_follows_on_its_checkpoints(store: Store) -> None:
+    turn = a_lasting_turn()
+    await _begin(store, turn)
+    await store.checkpoint_turns([msgspec.structs.replace(a_checkpoint("t", "He"), runs=(*BEGINNING, *said("He")))])
+    await store.checkpoint_turns([a_checkpoint("t", "xx", "y", after=2)])  # the answer to this call is lost
+    it = so_far(turn, "He", "l", "lo", after=2)
+    assert list(await store.suspend_turns([it], now=T0)) == []
+    assert await store.get_turn("s", "t", now=T0) == it.turn
+    assert await told(store, "s", "t") == ["He", "l", "lo"]
+
+
+async def test_suspended_turns_of_many_sessions_go_in_one_call_and_those_that_are_lost_are_named(store: Store) -> None:
+    turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(5)]
+    await _begin(store, *turns)
+    await store.end_turn(ended(turns[3]), runs=said("Hi"), now=T0)
+    never = a_lasting_turn("never", "s0")
+    asked = [so_far(turn, f"text {turn.id}") for turn in (*turns, never)]
+    for _ in range(2):  # the outcome of the first call may be unknown
+        assert set(await store.suspend_turns(asked, now=at(1))) == {"t3", "never"}
+        for it in asked[:3]:
+            assert await store.get_turn(it.turn.session_id, it.turn.id, now=T0) == it.turn
+    assert (await store.get_turn("s3", "t3", now=T0)).state == "completed"
+
+
+async def test_nothing_is_suspended_by_an_empty_call(store: Store) -> None:
+    assert list(await store.suspend_turns([], now=T0)) == []
+
+
+async def test_a_suspended_turn_is_its_owner_s_no_more(store: Store) -> None:
+    it = await _suspended(store, "Hello")
+    before = await contents(store, now=T0)
+    assert not await store.start_turn("t", now=at(2))
+    assert list(await store.checkpoint_turns([a_checkpoint("t", "x", after=2)])) == ["t"]
+    assert await store.end_turn(ended(it.turn), runs=said("Hi"), now=at(2)) is EndResult.LOST
+    assert await contents(store, now=T0) == before
+
+
+async def test_a_long_reply_and_any_text_are_kept(store: Store) -> None:
+    texts = ["a\0b", "é\U0001f600", "\ud7ff", " " * 300, "x" * 200_000, "y" * 70_000]
+    it = await _suspended(store, *texts)
+    assert await store.get_turn("s", "t", now=T0) == it.turn
+    assert await told(store, "s", "t", length_max=50_000) == texts
+    (adopted,) = await _adopt(store)
+    assert adopted.turn.output == it.turn.output
+    assert adopted.runs == (*it.runs, resumed_run(Resumed(8, 2, "continue", len("".join(texts)))))
+
+
+async def test_a_reply_of_many_megabytes_is_suspended_adopted_and_ended(store: Store) -> None:
+    texts = [f"{n:06}" * 1000 for n in range(400)]
+    turn = a_lasting_turn()
+    await _begin(store, turn)
+    first = msgspec.structs.replace(a_checkpoint("t", *texts[:3]), runs=(*BEGINNING, *said(*texts[:3])))
+    await store.checkpoint_turns([first])
+    it = so_far(turn, *texts, after=4)
+    assert list(await store.suspend_turns([it], now=T0)) == []
+    assert await told(store, "s", "t") == texts
+    (adopted,) = await _adopt(store)
+    assert adopted.turn.output == it.turn.output
+    end = ended(adopted.turn, text="".join(texts) + "!")
+    runs = (*adopted.runs, *said("!"))
+    assert await store.end_turn(end, runs=runs, now=at(6), after=last_seq(adopted.runs)) is EndResult.KEPT
+    assert (await store.get_turn("s", "t", now=at(6))).text == end.text
+    assert await told_after_resumption(store) == [*texts, "!"]
+
+
+async def told_after_resumption(store: Store, session: str = "s", turn: str = "t") -> list[str]:
+    """The texts of all pieces, read page by page by a reader that counts seqs as clients do."""
+    texts: list[str] = []
+    after = 0
+    while (page := await store.read_events(session, turn, after=after)).runs:
+        start = 0
+        for length in (length for run in page.runs if run.item >= 0 for length in run.pieces()):
+            texts.append(page.text[start : start + length])
+            start += length
+        assert start == len(page.text)
+        after = last_seq(page.runs, after)
+    assert after == page.kept
+    return texts
+
+
+# Other calls on a session whose turns are suspended
+
+
+async def test_no_turn_begins_before_the_suspended_ones_are_adopted(store: Store) -> None:
+    await _suspended(store, "Hello")
+    before = await contents(store, now=T0)
+    for turn in (a_turn("next", parent="t"), a_turn("beside")):
+        for branches in (False, True):
+            with pytest.raises(TurnsSuspendedError) as refused:
+                await store.begin_turn(turn, now=at(2), branches=branches)
+            assert refused.value.turn_id == "t"
+    with pytest.raises(HeadMovedError):
+        await store.begin_turn(a_turn("next", parent="t"), now=at(2), head=None)
+    with pytest.raises(TurnNotFoundError):
+        await store.begin_turn(a_turn("next", parent="never"), now=at(2))
+    assert await contents(store, now=T0) == before
+    await _adopt(store)
+    assert (await store.begin_turn(a_turn("next", parent="t"), now=at(6))).session.open_turns == 2
+
+
+async def test_a_key_of_an_earlier_call_counts_before_all_else(store: Store) -> None:
+    turn, key = a_lasting_turn(), IdempotencyKey(caller="", key="k", fingerprint=b"f")
+    await store.create_session(a_session(), now=T0)
+    await store.begin_turn(turn, now=T0, key=key)
+    await store.suspend_turns([so_far(turn, "Hello")], now=T0)
+    with pytest.raises(RepeatedError) as repeated:
+        await store.begin_turn(a_turn("again"), now=at(2), key=key)
+    assert (repeated.value.turn_id, repeated.value.is_gone) == ("t", False)
+
+
+async def test_what_is_open_refuses_changes_and_the_rest_of_the_session_takes_them(store: Store) -> None:
+    first = a_turn("first")
+    await _begin(store, first)
+    await store.end_turn(ended(first), runs=said("Hi"), now=T0)
+    side = a_turn("side", parent="first")
+    await store.begin_turn(side, now=T0)
+    await store.end_turn(ended(side), runs=said("Hi"), now=T0)
+    turn = msgspec.structs.replace(a_turn("t", parent="first"), on_interrupt="retry")
+    await store.begin_turn(turn, now=T0)
+    await store.suspend_turns([so_far(turn, "Hello")], now=T0)
+    for refused in (
+        store.delete_turns("s", "t", now=T0),
+        store.delete_turns("s", "first", now=T0),
+        store.delete_turn("s", "t", now=T0),
+        store.delete_turn("s", "first", now=T0),
+        store.delete_item("s", "t-out", now=T0),
+        store.delete_item("s", "first-out", now=T0),
+        store.update_session("s", SessionPatch(head="first"), now=T0),
+        store.fork_session("s", at="t", copy_id="copy", now=T0),
+        store.add_turns([an_added_turn("added", parent="t")], now=T0),
+    ):
+        with pytest.raises(TurnInProgressError):
+            await refused
+    assert (await store.fork_session("s", at="first", copy_id="copy", now=T0)).message_count == 2
+    assert (await store.update_session("s", SessionPatch(title="new"), now=at(2))).title == "new"
+    added = await store.add_turns([an_added_turn("added", parent="first")], now=at(2))
+    assert (added.head, added.open_turns) == ("added", 1)
+    await store.delete_item("s", "side-out", now=at(2))
+    await store.delete_turn("s", "side", now=at(2))
+    await store.delete_turns("s", "added", now=at(2))
+    assert [it.turn.id for it in await _adopt(store)] == ["t"]
+
+
+async def test_a_session_with_suspended_turns_does_not_expire(store: Store) -> None:
+    await _suspended(store, "Hello")
+    late = at(10 * IDLE_TIMEOUT_S)
+    assert await store.delete_expired(now=late, limit=10) == 0
+    assert (await store.get_session("s", now=late)).open_turns == 1
+    assert list(await store.list_suspended(limit=10, idle_since=late)) == ["s"]
+
+
+async def test_a_session_is_deleted_with_its_suspended_turns(store: Store) -> None:
+    await _suspended(store, "Hello")
+    await store.mark_deleted("s", now=T0)
+    assert list(await _adopt(store)) == []
+    assert list(await store.list_suspended(limit=10, idle_since=at(9))) == []
+    await store.remove_deleted("s")
+    assert list(await _adopt(store)) == []
+    assert await store.find_session_of("t") is None
+    await store.create_session(a_session(), now=T0)
+    assert await told(store, "s", "t") == []
+    with pytest.raises(TurnNotFoundError):
+        await store.get_turn("s", "t", now=T0)
+
+
+async def test_the_sessions_that_wait_longest_are_listed_first(store: Store) -> None:
+    turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(4)]
+    await _begin(store, *turns)
+    for moment, n in enumerate((2, 0, 3, 1)):
+        await store.suspend_turns([so_far(turns[n])], now=at(moment))
+    assert list(await store.list_suspended(limit=10, idle_since=at(2))) == ["s2", "s0", "s3"]
+    assert list(await store.list_suspended(limit=2, idle_since=at(9))) == ["s2", "s0"]
+    await _adopt(store, "s2")
+    await store.mark_deleted("s0", now=T0)
+    assert list(await store.list_suspended(limit=2, idle_since=at(9))) == ["s3", "s1"]
+
+
+# Adopted
+
+
+async def test_a_turn_that_continues_keeps_its_reply_and_its_events(store: Store) -> None:
+    it = await _suspended(store, "Hel", "lo", usage=Usage(input_tokens=3, output_tokens=2), attempt=1)
+    (adopted,) = await _adopt(store)
+    resumption = resumed_run(Resumed(4, 2, "continue", 5))
+    assert adopted.turn == msgspec.structs.replace(it.turn, attempt=2, last_seq=4)
+    assert adopted.runs == (*it.runs, resumption)
+    assert (await store.get_turn("s", "t", now=T0)).attempt == 2
+    # It is like any other turn of this owner.
+    further = msgspec.structs.replace(a_checkpoint("t", "!", after=4), usage=Usage(input_tokens=5, output_tokens=3))
+    assert list(await store.checkpoint_turns([further])) == []
+    end = ended(adopted.turn, text="Hello!?", now=at(6))
+    end = msgspec.structs.replace(end, last_seq=7, output=(msgspec.structs.replace(end.output[0], id="t-out"),))
+    assert await store.end_turn(end, runs=(*adopted.runs, *said("!", "?")), now=at(6), after=5) is EndResult.KEPT
+    assert await store.get_turn("s", "t", now=at(6)) == end
+    page = await store.read_events("s", "t")
+    assert (page.runs, page.text, page.kept, page.ended) == (
+        (*it.runs, resumption, *said("!", "?")),
+        "Hello!?",
+        6,
+        True,
+    )
+    page = await store.read_events("s", "t", after=4)
+    assert (page.runs, page.text) == (said("!", "?"), "!?")
+    session = await store.get_session("s", now=at(6))
+    assert (session.open_turns, session.message_count, session.last_accessed_at) == (0, 2, at(6))
+
+
+@pytest.mark.parametrize(("on_interrupt", "continues"), [("retry", True), ("continue", False)])
+async def test_a_turn_that_begins_anew_has_only_its_beginning(
+    store: Store, on_interrupt: OnInterrupt, continues: bool
+) -> None:
+    turn = a_lasting_turn(on_interrupt=on_interrupt)
+    await _begin(store, turn)
+    await store.suspend_turns([so_far(turn, "Hel", "lo", runs=(Run(QUEUED), Run(STARTED)))], now=T0)
+    (adopted,) = await _adopt(store, continues=lambda _: continues)
+    resumption = resumed_run(Resumed(5, 2, "retry", 0))
+    assert adopted.turn == msgspec.structs.replace(turn, attempt=2, last_seq=5)
+    assert adopted.runs == (Run(QUEUED), Run(STARTED), resumption)
+    await store.checkpoint_turns([a_checkpoint("t", "A", after=5)])
+    end = ended(adopted.turn, text="Anew")
+    assert await store.end_turn(end, runs=(*adopted.runs, *said("A", "new")), now=at(6), after=6) is EndResult.KEPT
+    assert await told_after_resumption(store) == ["A", "new"]
+    for after in (2, 3, 4):  # a client that has seen a part of the first attempt
+        page = await store.read_events("s", "t", after=after)
+        assert (page.runs, page.text, page.kept) == ((resumption, *said("A", "new")), "Anew", 7)
+    assert (await store.read_events("s", "t", after=6)).text == "new"
+    assert (await store.get_turn("s", "t", now=at(6))).text == "Anew"
+
+
+MESSAGE = Item(id="m", role="assistant", text="Hi")
+REASONING = Item(id="r", type="reasoning", role="assistant", text="hm", encrypted="x", upstream="{}")
+CALLED = Item(id="c", type="function_call", role="assistant", text='{"a"', call_id="1", name="f")
+
+
+@pytest.mark.parametrize(
+    ("output", "mode"),
+    [
+        ((MESSAGE,), "continue"),
+        ((REASONING, MESSAGE), "continue"),
+        ((), "retry"),
+        ((REASONING,), "retry"),
+        ((MESSAGE, CALLED), "retry"),
+        ((MESSAGE, REASONING), "retry"),
+        ((msgspec.structs.replace(MESSAGE, text=" \n"),), "retry"),
+    ],
+)
+async def test_only_a_text_is_continued(store: Store, output: tuple[Item, ...], mode: str) -> None:
+    turn = a_lasting_turn()
+    await _begin(store, turn)
+    runs = [Run(STARTED)]
+    for index, item in enumerate(output):
+        runs += [Run(CALL - index)] if item.type == "function_call" else []
+        runs += said(item.text, item=index)
+    seq = last_seq(runs)
+    suspended = msgspec.structs.replace(turn, output=output, last_seq=seq)
+    await store.suspend_turns([SuspendedTurn(turn=suspended, runs=tuple(runs))], now=T0)
+    (adopted,) = await _adopt(store)
+    length = 2 if mode == "continue" else 0
+    assert adopted.runs[-1] == resumed_run(Resumed(seq + 1, 2, mode, length))  # type: ignore[arg-type]
+    assert adopted.turn.output == (output if mode == "continue" else ())
+    assert list(adopted.runs[:-1]) == (runs if mode == "continue" else [Run(STARTED)])
+
+
+async def test_a_queued_turn_stays_as_it_is(store: Store) -> None:
+    running, queued = a_lasting_turn(), a_lasting_turn("q", state="queued", parent="t", started_at=None)
+    await _begin(store, running, queued)
+    waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
+    assert list(await store.suspend_turns([waiting, so_far(running, "Hi")], now=T0)) == []
+    first, second = await _adopt(store)
+    assert (first.turn.id, second) == ("t", AdoptedTurn(turn=waiting.turn, runs=(Run(QUEUED),)))
+    assert await store.start_turn("q", now=at(6))
+    kept = await store.get_turn("s", "q", now=at(6))
+    assert (kept.state, kept.attempt, kept.started_at) == ("running", 1, at(6))
+
+
+async def test_an_adopted_turn_is_suspended_and_adopted_again(store: Store) -> None:
+    it = await _suspended(store, "Hel", "lo")
+    (second,) = await _adopt(store)
+    more = SuspendedTurn(
+        turn=msgspec.structs.replace(
+            second.turn, output=(msgspec.structs.replace(second.turn.output[0], text="Hello, you"),), last_seq=5
+        ),
+        runs=(*second.runs, *said(", you")),
+        after=4,
+    )
+    assert list(await store.suspend_turns([more], now=at(6))) == []
+    assert await store.get_turn("s", "t", now=T0) == more.turn
+    (third,) = await _adopt(store)
+    assert third.runs == (*it.runs, second.runs[-1], *said(", you"), resumed_run(Resumed(6, 3, "continue", 10)))
+    assert (third.turn.text, third.turn.attempt) == ("Hello, you", 3)
+    assert list(await store.suspend_turns([SuspendedTurn(turn=third.turn, runs=third.runs)], now=at(6))) == []
+    (fourth,) = await _adopt(store, continues=NO)
+    assert fourth.runs == (Run(STARTED), resumed_run(Resumed(7, 4, "retry", 0)))
+
+
+async def test_an_adoption_whose_answer_was_lost_is_told_again(store: Store) -> None:
+    queued = a_lasting_turn("q", state="queued", parent="t", started_at=None)
+    await _begin(store, a_lasting_turn(), queued)
+    waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
+    await store.suspend_turns([so_far(a_lasting_turn(), "Hi"), waiting], now=T0)
+    adopted = list(await _adopt(store))
+    assert list(await _adopt(store)) == adopted
+    assert list(await _adopt(store, running={"t"})) == adopted[1:]
+    assert list(await _adopt(store, running={"t", "q"})) == []
+
+
+async def test_there_is_nothing_to_adopt_where_no_turn_is_suspended(store: Store) -> None:
+    assert list(await _adopt(store, "never")) == []
+    await _begin(store, a_turn())
+    assert list(await _adopt(store)) == []
+    await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0)
+    assert list(await _adopt(store)) == []
+    assert (await store.begin_turn(a_turn("next", parent="t"), now=T0)).session.open_turns == 1
+
+
+async def test_while_an_owner_has_another_open_turn_the_session_is_its_own(store: Store) -> None:
+    fails, lasts = a_turn("f"), a_lasting_turn()
+    await _begin(store, fails, lasts)
+    await store.suspend_turns([so_far(lasts, "Hi")], now=T0)
+    assert list(await store.list_suspended(limit=9, idle_since=at(9))) == []
+    assert await store.end_turn(ended(fails), runs=said("Hi"), now=at(1)) is EndResult.KEPT
+    assert list(await store.list_suspended(limit=9, idle_since=at(9))) == ["s"]
+    with pytest.raises(TurnsSuspendedError):
+        await store.begin_turn(a_turn("next"), now=at(2))
+    (adopted,) = await _adopt(store)
+    assert await store.end_turn(ended(adopted.turn), runs=adopted.runs, now=at(3)) is EndResult.KEPT
+    assert (await store.get_session("s", now=at(3))).open_turns == 0
+    assert (await store.begin_turn(a_turn("next"), now=at(4))).session.open_turns == 1
