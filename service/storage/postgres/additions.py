@@ -158,4 +158,4 @@ def insert(
         db.execute(_INSERT, {name: [row[name] for row in rows] for name in _TYPES} | {"session": session})
         for row, n in zip(rows, range(some.start, some.stop), strict=True):
             if row["runs"] is None:
-                event_pages.add(db, keys[n], turns[n], runs[n])
+                event_pages.add(db, [(keys[n], turns[n], runs[n])])

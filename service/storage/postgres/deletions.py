@@ -276,6 +276,6 @@ def _keep(db: Db, key: int, turn: TurnRecord) -> None:
         values |= event_pages.values_of_events(turn, runs)
         event_pages.drop(db, [key])
         if values["runs"] is None:
-            event_pages.add(db, key, turn, runs)
+            event_pages.add(db, [(key, turn, runs)])
     changes = ", ".join(f"{name} = %({name})s" for name in names)
     db.execute(f"UPDATE {{s}}.turns SET {changes} WHERE key = %(key)s", values | {"key": key})

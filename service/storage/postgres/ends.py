@@ -100,7 +100,7 @@ def _finish(db: Db, end: End, row: Row, *, is_in_pages: bool) -> None:
     turn = end.turn
     if not turn.ephemeral:
         if is_in_pages:
-            event_pages.add(db, row[0], turn, end.runs)
+            event_pages.add(db, [(row[0], turn, end.runs)])
         return
     session, parent, place, is_alone = row
     if is_alone:

@@ -1,6 +1,6 @@
 """The events of ended turns, and the texts of long outputs: in the turn's row, or in pages (storage/event_rows.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import msgspec
@@ -11,6 +11,7 @@ from service.storage.item_json import items_of
 from service.storage.pieces import Run
 from service.storage.postgres import segments
 from service.storage.postgres.connections import Db
+from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.rows import Row
 from service.storage.postgres.turn_rows import json_of, settings_json, settings_of, turn_of
 from service.storage.records import EventsPage, TurnRecord, text_length
@@ -28,10 +29,11 @@ _FROM = (
     "FROM {s}.event_pages WHERE turn = %(turn)s AND after <= %(after)s), 0) ORDER BY after LIMIT %(pages_max)s"
 )
 _TEXTS = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(%s::bigint[]) ORDER BY turn, after"
+_RUNS = "SELECT runs FROM {s}.event_pages WHERE turn = %s ORDER BY after"
 _DROP = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
 _ADD = (
     "INSERT INTO {s}.event_pages (turn, after, runs, text) "
-    "SELECT %s, * FROM unnest(%s::bigint[], %s::bytea[], %s::bytea[])"
+    "SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bytea[], %s::bytea[])"
 )
 
 
@@ -47,26 +49,36 @@ def values_of_events(turn: TurnRecord, runs: Sequence[Run] | None) -> dict[str, 
             "output": json_of(turn.output),
             "runs": None if runs is None else pieces.pack(runs),
         }
+    return values_in_pages(turn, runs)
+
+
+def values_in_pages(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
+    """:func:`values_of_events` of a turn whose texts are in pages."""
     return {
-        "settings": settings_json(turn, text_length=text_length(turn.output), kept=pieces.count(runs)),
+        "settings": settings_json(turn, text_length=text_length(turn.output), kept=pieces.last_seq(runs)),
         "output": json_of(rules.without_texts(turn.output)),
         "runs": None,
     }
 
 
-def add(db: Db, key: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
-    """Add the pages of an ended turn that does not fit in one row, by its key."""
+def add(db: Db, turns: Iterable[tuple[int, TurnRecord, Sequence[Run]]]) -> None:
+    """Add the pages of turns, each with its key and its events."""
+    rows = (row for key, turn, runs in turns for row in _rows_of(key, turn, runs))
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        db.execute(_ADD, tuple(map(list, zip(*some, strict=True))))
+
+
+def _rows_of(key: int, turn: TurnRecord, runs: Sequence[Run]) -> Iterator[tuple[int, int, bytes, bytes]]:
     after = 0
     text = pieces.text_of(runs, [item.text for item in turn.output])
-    parts = pieces.split(runs, text, length_max=ROW_LENGTH_MAX)
-    while some := list(islice(parts, _ROWS_AT_ONCE)):
-        afters: list[int] = []
-        for part, _ in some:
-            afters.append(after)
-            after += pieces.count(part)
-        db.execute(
-            _ADD, (key, afters, [pieces.pack(part) for part, _ in some], [part_text.encode() for _, part_text in some])
-        )
+    for part, part_text in pieces.split(runs, text, length_max=ROW_LENGTH_MAX):
+        yield key, after, pieces.pack(part), part_text.encode()
+        after = pieces.last_seq(part, after)
+
+
+def runs_of(db: Db, key: int) -> list[Run]:
+    """All events of a turn whose texts are in pages."""
+    return pieces.join(run for (packed,) in db.execute(_RUNS, (key,)) for run in pieces.unpack(packed))
 
 
 def drop(db: Db, keys: Sequence[int]) -> None:
@@ -105,7 +117,7 @@ def read(db: Db, session_id: str, turn_id: str, *, after: int, length_max: int) 
     key, owner, segment, events_deleted, settings, packed, output = row
     if events_deleted:
         return EventsPage(after=after, ended=True, events_deleted=True)
-    if owner is not None:
+    if owner:
         return segments.read(db, key, owner=owner, segment=segment, after=after, length_max=length_max)
     if packed is not None:
         return page_in_turn(pieces.unpack(packed), items_of(output), after=after, length_max=length_max)
@@ -113,5 +125,7 @@ def read(db: Db, session_id: str, turn_id: str, *, after: int, length_max: int) 
     values = {"turn": key, "after": after, "pages_max": -(-length_max // ROW_LENGTH_MAX) + 1}
     rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_FROM, values))
     page = page_of_rows(rows, after=after, length_max=length_max)
-    ended = settings_of(settings)
-    return msgspec.structs.replace(page, kept=ended.kept, ended=True, text_length=ended.text_length)
+    kept = settings_of(settings)
+    if owner == NOBODY:
+        return msgspec.structs.replace(page, kept=kept.kept)
+    return msgspec.structs.replace(page, kept=kept.kept, ended=True, text_length=kept.text_length)

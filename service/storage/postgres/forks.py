@@ -162,8 +162,9 @@ class Plan:
         rows: list[Row] = db.execute(_READ, values).fetchall()
         records = event_pages.records_of(db, self._source_id, [row[:-3] for row in rows])
         for turn, (*columns, key, _, events_bytes) in zip(records, rows, strict=True):
-            if turn.is_open and source.owner not in (None, self._fence):
-                owner = owners.owner_of(db, source.owner)
+            others = owners.others_of(source.owner, besides=self._fence)
+            if turn.is_open and others is not None:
+                owner = owners.owner_of(db, others)
                 raise OwnedElsewhereError(self._source_id, fence=owner.fence, address=owner.address)
             self._path.add(turn, events_bytes=events_bytes)
             self._keys.append(key)

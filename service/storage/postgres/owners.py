@@ -20,6 +20,8 @@ from service.storage.store import Monotonic
 
 logger = structlog.get_logger("lastcall.store")
 
+NOBODY = 0
+"""In place of the owner of suspended turns: no owner has this fence."""
 BEAT_S = 1.0
 LEASE_S = 6
 """How long the beats of an owner stand still before another owner takes it for dead."""
@@ -213,6 +215,11 @@ class Observer:
             return False
         logger.warning("a process that shares the database has died", fence=fence)
         return True
+
+
+def others_of(owner: int | None, *, besides: int) -> int | None:
+    """The fence of another owner of a session's open turns; None if they are this one's, or nobody's."""
+    return None if owner in (None, NOBODY, besides) else owner
 
 
 def refuse_if_alive(db: Db, fence: int, session_id: str) -> None:

@@ -1,7 +1,7 @@
-"""Recovery: ends the open turns of owners that are gone.
+"""Recovery: ends the open turns of owners that are gone, or suspends those that may have another attempt.
 
 Each step is a transaction, and bounded. Several owners may recover at once: each takes sessions that no other one has
-taken, and each turn is ended once.
+taken, and each turn is ended or suspended once.
 """
 
 from collections.abc import Collection
@@ -12,12 +12,14 @@ import msgspec
 from service.steps import at_once
 from service.storage import rules
 from service.storage.page_size import fitting
-from service.storage.postgres import owners, removals, segments
+from service.storage.postgres import owners, removals, segments, suspensions
 from service.storage.postgres.connections import Db
 from service.storage.postgres.ends import End, keep_ends
 from service.storage.postgres.rows import Row
 from service.storage.postgres.segments import Grown
+from service.storage.postgres.suspensions import Suspension
 from service.storage.postgres.turn_rows import TURN_COLUMNS, turn_of
+from service.storage.records import TurnRecord
 from service.storage.search import searched_texts
 from service.storage.terms import document_terms
 
@@ -70,7 +72,9 @@ def recover_some(db: Db, now: datetime, place: Place) -> tuple[int, Place | None
     further = Place(fence, place.passed)
     taken = db.execute(_TAKE, {"owner": fence, "limit": _TURNS_MAX}).fetchall()
     if taken:
-        return _end_some(db, fence, now, {key for (key,) in taken}, turns_max=_TURNS_MAX, bytes_max=_BYTES_MAX), further
+        return _recover_some(
+            db, fence, now, {key for (key,) in taken}, turns_max=_TURNS_MAX, bytes_max=_BYTES_MAX
+        ), further
     if removals.hide_marked_by(db, fence):
         return 0, further
     if db.execute(_HAS_MORE, {"owner": fence}).fetchone() != (False,):
@@ -80,15 +84,16 @@ def recover_some(db: Db, now: datetime, place: Place) -> tuple[int, Place | None
     return 0, further
 
 
-def end_turns_of(db: Db, fence: int, now: datetime, *, session: int) -> int:
-    """End the open turns of an owner that is gone in one session, whose row is locked. Returns how many."""
-    return _end_some(db, fence, now, [session], turns_max=None, bytes_max=None)
+def recover_turns_of(db: Db, fence: int, now: datetime, *, session: int) -> None:
+    """End or suspend the open turns of an owner that is gone in one session, whose row is locked."""
+    _recover_some(db, fence, now, [session], turns_max=None, bytes_max=None)
 
 
-def _end_some(
+def _recover_some(
     db: Db, owner: int, now: datetime, taken: Collection[int], *, turns_max: int | None, bytes_max: int | None
 ) -> int:
-    """End open turns of an owner as ``interrupted`` (``crash``), in sessions whose rows are locked."""
+    """End open turns of an owner as ``interrupted`` (``crash``), in sessions whose rows are locked; suspend those that
+    may have another attempt. Returns how many ended."""
     rows = db.execute(_OPEN, {"owner": owner, "sessions": list(taken), "limit": turns_max}).fetchall()
     if not rows:
         return 0
@@ -97,13 +102,20 @@ def _end_some(
     sizes = segments.sizes_of(db, owner, keys, segment=segment)
     keys = keys[: fitting((sizes.get(key, 0) for key in keys), bytes_max=bytes_max)]
     grown = segments.grown_of(db, owner, keys, segment=segment)
-    ends = [_end_of(row, grown[key], now) for key, row in zip(keys, rows, strict=False)]
+    ends: list[End] = []
+    released: list[Suspension] = []
+    for key, row in zip(keys, rows, strict=False):
+        it = grown[key]
+        turn = it.told_of(turn_of(row[0], row[_FIELDS_BEFORE:])[0])
+        if rules.resumes(turn):
+            released.append(Suspension(rules.released(turn, it.items, it.texts), it.runs))
+        else:
+            ends.append(_end_of(rules.crashed(turn, it.items, it.texts, now), it))
     keep_ends(db, ends, now, owner=owner)
+    suspensions.keep(db, released, now, owner=owner)
+    suspensions.leave(db, taken, owner=owner)
     return len(ends)
 
 
-def _end_of(row: Row, grown: Grown, now: datetime) -> End:
-    """The end of the turn of a row of ``_OPEN``."""
-    begun, _ = turn_of(row[0], row[_FIELDS_BEFORE:])
-    turn = rules.crashed(grown.told_of(begun), grown.items, grown.texts, now)
+def _end_of(turn: TurnRecord, grown: Grown) -> End:
     return End(turn, grown.runs, () if turn.ephemeral else at_once(document_terms(searched_texts(turn))))

@@ -21,7 +21,8 @@ _SESSIONS_MAX = 100
 # What their owner still does with them finds them closed, as if they were gone.
 _CLOSE_TURNS = (
     "UPDATE {s}.turns SET owner = NULL, segment = NULL, state = 'interrupted' FROM {s}.sessions AS s "
-    "WHERE s.key = ANY(%s) AND turns.owner = s.owner AND turns.session = s.key AND turns.owner IS NOT NULL"
+    "WHERE s.key = ANY(%s) AND turns.owner = ANY(ARRAY[s.owner, 0]) AND turns.session = s.key "
+    "AND turns.owner IS NOT NULL"
 )
 _HIDE = "UPDATE {s}.sessions SET id = '+' || key, deletion = 0, owner = NULL, open_turns = 0 WHERE key = ANY(%s)"
 _TAKE_MARKED = "SELECT key FROM {s}.sessions WHERE deletion = %s LIMIT %s FOR UPDATE SKIP LOCKED"

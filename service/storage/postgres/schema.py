@@ -184,9 +184,11 @@ CREATE INDEX idempotency_keys_by_session ON {s}.idempotency_keys (session, turn)
 CREATE INDEX idempotency_keys_by_end ON {s}.idempotency_keys (gone_at) WHERE session IS NULL;
 """
 
+# The processes of the version before go on beside: what they write into the columns fits, too.
 VERSION_2 = """
 -- The version of the oldest schema whose code works with these tables.
 ALTER TABLE {s}.store ADD COLUMN oldest int NOT NULL DEFAULT 1;
+ALTER TABLE {s}.segments ALTER COLUMN afters TYPE bigint[];     -- the seqs of a later attempt at a turn are large
 """
 
 SCRIPTS = (VERSION_1, VERSION_2)

@@ -43,7 +43,7 @@ WITH dropped AS ({drop_old}), given AS (
     LEFT JOIN {s}.turns AS t ON t.id = it.id AND t.owner = %(owner)s
 ), added AS (
     INSERT INTO {s}.segments (owner, turns, afters, ends, body)
-    SELECT %(owner)s, given.turns, %(afters)s::int[], %(ends)s::int[], %(body)s FROM given WHERE found > 0
+    SELECT %(owner)s, given.turns, %(afters)s::bigint[], %(ends)s::int[], %(body)s FROM given WHERE found > 0
 )
 SELECT turns FROM given
 """.replace("{drop_old}", _DROP_OLD.replace("{besides}", ""))
@@ -152,7 +152,7 @@ def read(db: Db, turn: int, *, owner: int, segment: int, after: int, length_max:
     newest: Row | None = last.fetchone()
     if newest is None:
         return EventsPage(after=after)
-    kept = newest[0] + pieces.count(_growth.decode(newest[1]).runs)
+    kept = pieces.last_seq(_growth.decode(newest[1]).runs, newest[0])
     grown = ((row_after, _growth.decode(body)) for row_after, body in page)
     rows = ((row_after, list(it.runs), it.text) for row_after, it in grown)
     return msgspec.structs.replace(page_of_rows(rows, after=after, length_max=length_max), kept=kept)

@@ -348,22 +348,22 @@ def _free_to_move(db: Db, kept: StoredSession, head: str | None, me: Me, now: da
     still_open = next((turn for turn in found if turn is not None), None)
     if still_open is None:
         return kept
-    if kept.owner in (None, me.fence):
+    if not settle(db, kept, me, now):
         raise TurnInProgressError(still_open, instead=rules.INSTEAD_OF_MOVING)
-    settle(db, kept, me, now)
-    return visible(db, kept.record.id, now)
+    return _free_to_move(db, visible(db, kept.record.id, now), head, me, now)  # some may be suspended now
 
 
 def settle(db: Db, kept: StoredSession, me: Me, now: datetime) -> bool:
-    """End the open turns of a session whose row is locked, if their owner is gone. Returns whether this was so.
+    """Recover the open turns of a session whose row is locked, if their owner is gone. Returns whether this was so.
 
     Raises:
         OwnedElsewhereError: The owner lives.
     """
-    if kept.owner in (None, me.fence):
+    others = owners.others_of(kept.owner, besides=me.fence)
+    if others is None:
         return False
-    owners.refuse_if_alive(db, kept.owner, kept.record.id)
-    recovery.end_turns_of(db, kept.owner, now, session=kept.key)
+    owners.refuse_if_alive(db, others, kept.record.id)
+    recovery.recover_turns_of(db, others, now, session=kept.key)
     return True
 
 

@@ -21,6 +21,7 @@ from service.storage.page_cursor import decode_session_cursor, decode_turn_curso
 from service.storage.pieces import Run
 from service.storage.postgres import (
     additions,
+    adoptions,
     beats,
     deletions,
     durability,
@@ -35,6 +36,7 @@ from service.storage.postgres import (
     search,
     segments,
     sessions,
+    suspensions,
     trees,
     turns,
 )
@@ -72,6 +74,8 @@ T = TypeVar("T")
 
 ADDED_MAX = 100
 """So many turns are added by the thread of the short writes; more are added beside them."""
+SUSPENDED_BYTES_MAX = 16 * 1024 * 1024
+"""The texts of turns that are suspended by the thread of the short writes."""
 REMOVING_S = 1.0
 """About how long one call removes the rows of sessions that are gone for every reader already."""
 _LONG_STATEMENT_S = 60
@@ -150,6 +154,7 @@ class PostgresStore:
         self.observer = Observer(self.ownership, monotonic)
         self._beating = SqlThread("postgres beats", beats.Beats(self._line(), self.observer, self._faults))
         self._late_answers = LateAnswers(self._lines)
+        self._has_suspended = False
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
 
     def _line(self) -> Line:
@@ -471,13 +476,20 @@ class PostgresStore:
     ) -> EndResult:
         terms = () if turn.ephemeral else await terms_of(turn)
         try:
-            return await self._write_own(lambda db: turns.end(db, turn, runs, self.me, now, terms=terms))
+            return await self._write_own(
+                lambda db: turns.end(db, turn, runs, self.me, now, terms=terms, leaves=self._has_suspended)
+            )
         except FenceLostError:
             kept = await self._read(lambda db: turns.find(db, turn.session_id, turn.id))
             return rules.result_of_late_end(kept, turn)
 
     async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
-        raise NotImplementedError
+        self._has_suspended = True
+        write = self._write if sum(it.turn.text_bytes for it in suspended) <= SUSPENDED_BYTES_MAX else self._change
+        try:
+            return await write(lambda db: suspensions.suspend(db, suspended, now, owner=self.fence))
+        except FenceLostError:
+            return {it.turn.id for it in suspended}
 
     async def adopt_turns(
         self,
@@ -487,10 +499,12 @@ class PostgresStore:
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
     ) -> Sequence[AdoptedTurn]:
-        raise NotImplementedError
+        return await self._write(
+            lambda db: adoptions.adopt(db, session_id, self.me, now, continues=continues, running=running)
+        )
 
     async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
-        raise NotImplementedError
+        return await self._look(lambda db: suspensions.list_page(db, limit=limit, idle_since=idle_since))
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))

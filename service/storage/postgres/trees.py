@@ -43,7 +43,7 @@ _MOVE_UP = (
 )
 _OPEN_FOLLOWER = (
     "WITH RECURSIVE up (open_turn, chain, depth, chain_parent) AS ("
-    "SELECT id, chain, depth, chain_parent FROM {s}.turns WHERE owner = %(owner)s AND session = %(session)s "
+    "SELECT id, chain, depth, chain_parent FROM {s}.turns WHERE owner IN (0, %(owner)s) AND session = %(session)s "
     "UNION ALL SELECT open_turn, parent.chain, parent.depth, parent.chain_parent FROM up "
     "JOIN {s}.turns AS parent ON parent.key = up.chain_parent) "
     "SELECT open_turn FROM up JOIN {s}.turns AS this ON this.key = %(turn)s "
@@ -114,7 +114,7 @@ def move_up(db: Db, session: int, parent: str | None, place: int) -> None:
 
 
 def find_open_follower(db: Db, session: int, turn: int, *, owner: int) -> str | None:
-    """An open turn of an owner that is this turn or follows it, by the keys of session and turn."""
+    """An open turn, suspended or of an owner, that is this turn or follows it, by the keys of session and turn."""
     row = db.execute(_OPEN_FOLLOWER, {"session": session, "turn": turn, "owner": owner}).fetchone()
     return None if row is None else str(row[0])
 

@@ -5,12 +5,12 @@ from datetime import datetime
 
 import msgspec
 
-from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError
+from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFoundError, TurnsSuspendedError
 from service.storage import rules
 from service.storage.moments import moment
 from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.pieces import Run
-from service.storage.postgres import event_pages, idempotency, owners, paths, recovery, removals, sessions
+from service.storage.postgres import event_pages, idempotency, owners, paths, recovery, removals, sessions, suspensions
 from service.storage.postgres.connections import Db, Me
 from service.storage.postgres.ends import End, keep_ends
 from service.storage.postgres.event_pages import record_of
@@ -144,7 +144,7 @@ def begin(
             path = None if path_bytes_max is msgspec.UNSET else [turn]
         else:
             kept, place, path = to_follow(
-                db, turn, me, now, head=head, branches=branches, path_bytes_max=path_bytes_max
+                db, turn, me, now, head=head, branches=branches, path_bytes_max=path_bytes_max, begins=True
             )
         session = rules.begun(kept.record, turn, now)
         values = values_of(turn) | event_pages.values_of_events(turn, None) | place.values
@@ -169,6 +169,7 @@ def to_follow(
     head: str | None | msgspec.UnsetType,
     branches: bool,
     path_bytes_max: int | None | msgspec.UnsetType = msgspec.UNSET,
+    begins: bool = False,
     **instead: str,
 ) -> tuple[sessions.StoredSession, Place, Sequence[TurnRecord] | None]:
     """The session of a turn that may begin, with its row locked; the turn's place; and its path, if it is asked for and
@@ -176,19 +177,25 @@ def to_follow(
 
     Args:
         branches: Whether the path to the parent must have ended.
+        begins: Whether the session becomes this owner's: no turn may wait for an owner.
         instead: What the caller may do if it has not.
 
     Raises:
-        SessionNotFoundError, TurnNotFoundError, HeadMovedError, TurnInProgressError, OwnedElsewhereError
+        SessionNotFoundError, TurnNotFoundError, HeadMovedError, TurnInProgressError, OwnedElsewhereError,
+        TurnsSuspendedError
     """
     kept, place, path = _look(db, turn, now, path_bytes_max)
-    others = None if kept.owner == me.fence else kept.owner
+    others = owners.others_of(kept.owner, besides=me.fence)
     if others is not None:
         owners.refuse_if_alive(db, others, turn.session_id)
     rules.check_head(kept.record, head)
+    if begins and (others is not None or kept.owner == owners.NOBODY):
+        waiting = suspensions.first_waiting(db, kept.key, others=others)
+        if waiting is not None:
+            raise TurnsSuspendedError(waiting)
     if others is not None:
-        recovery.end_turns_of(db, others, now, session=kept.key)
-        return _look(db, turn, now, path_bytes_max)
+        recovery.recover_turns_of(db, others, now, session=kept.key)
+        kept, place, path = _look(db, turn, now, path_bytes_max)
     if branches and turn.parent is not None and kept.record.open_turns:
         still_open = paths.find_open(db, kept.key, turn.parent)
         if still_open is not None:
@@ -227,8 +234,13 @@ def start(db: Db, turn_id: str, me: Me, now: datetime) -> bool:
     return db.execute(_START, values).fetchone() is not None
 
 
-def end(db: Db, turn: TurnRecord, runs: Sequence[Run], me: Me, now: datetime, *, terms: Collection[str]) -> EndResult:
+def end(
+    db: Db, turn: TurnRecord, runs: Sequence[Run], me: Me, now: datetime, *, terms: Collection[str], leaves: bool
+) -> EndResult:
+    """Keep a turn's end. ``leaves``: this owner has suspended turns, perhaps the other open ones of this session."""
     (is_kept,) = keep_ends(db, [End(turn, runs, terms)], now, owner=me.fence)
+    if leaves and is_kept:
+        suspensions.leave_after_end(db, turn.session_id, owner=me.fence)
     return EndResult.KEPT if is_kept else rules.result_of_late_end(find(db, turn.session_id, turn.id), turn)
 
 

@@ -9,7 +9,7 @@ import psycopg
 
 from service.errors import StartupError
 from service.settings import shown_store_url
-from service.storage.pieces import Run, unpack
+from service.storage.pieces import unpack
 from service.storage.postgres import additions, documents, event_pages, recovery, removals, schema, sessions
 from service.storage.postgres.connections import Connection, Db, connect_first
 from service.storage.postgres.faults import startup_error
@@ -34,7 +34,6 @@ _TURNS = (
     "LEFT JOIN {s}.documents ON documents.turn = t.key "
     "WHERE t.session = %(session)s AND t.ordinal > %(after)s ORDER BY t.ordinal LIMIT %(limit)s"
 )
-_RUNS = "SELECT runs FROM {s}.event_pages WHERE turn = %s ORDER BY after"
 _KEYS = (
     "SELECT caller, k.key, fingerprint, session_id, s.key IS NOT NULL, turn, first_turn, gone_at "
     "FROM {s}.idempotency_keys AS k LEFT JOIN {s}.sessions AS s ON s.key = k.session AND deletion IS NULL "
@@ -186,13 +185,9 @@ def turns_of(db: Db, session_id: str, session: int) -> Iterator[WholeTurn]:
     while rows := db.execute(_TURNS, {"session": session, "after": after, "limit": _AT_ONCE}).fetchall():
         records = event_pages.records_of(db, session_id, [row[: COLUMNS + 1] for row in rows])
         for turn, (*_, key, packed, document) in zip(records, rows, strict=True):
-            runs = _runs_of(db, key) if packed is None else unpack(packed)
+            runs = event_pages.runs_of(db, key) if packed is None else unpack(packed)
             yield WholeTurn(turn, told_runs(turn, runs), document)
         after = rows[-1][COLUMNS + 1]
-
-
-def _runs_of(db: Db, turn: int) -> list[Run]:
-    return [run for (packed,) in db.execute(_RUNS, (turn,)).fetchall() for run in unpack(packed)]
 
 
 def places_of(turns: Sequence[TurnRecord], keys: Sequence[int]) -> list[Place]:

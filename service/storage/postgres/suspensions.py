@@ -1,0 +1,133 @@
+"""Suspended turns: open ones without an owner, with what was kept of them.
+
+They lie in rows as ended turns do whose texts are in pages: no owner's segments have anything of them.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
+
+import msgspec
+
+from service.storage.moments import moment
+from service.storage.pieces import Run
+from service.storage.postgres import event_pages
+from service.storage.postgres.connections import Db
+from service.storage.postgres.owners import NOBODY
+from service.storage.postgres.rows import Row
+from service.storage.postgres.turn_rows import values_of
+from service.storage.records import SuspendedTurn, TurnRecord
+from service.storage.turn_options import may_resume
+
+_BYTES_AT_ONCE = 4 * 1024 * 1024
+"""The texts that are on their way to the server at once."""
+
+_TYPES = {
+    "id": "text",
+    "last_seq": "bigint",
+    "message_bytes": "bigint",
+    "message_items": "int",
+    "text_bytes": "bigint",
+    "settings": "bytea",
+    "output": "bytea",
+}
+# First the sessions: a step that has locked one may wait for its turns.
+_LOCK = "SELECT key FROM {s}.sessions WHERE id = ANY(%(sessions)s) ORDER BY key FOR NO KEY UPDATE"
+_SUSPEND = (
+    f"UPDATE {{s}}.turns SET owner = {NOBODY}, segment = NULL, "
+    f"{', '.join(f'{name} = it.{name}' for name in _TYPES if name != 'id')} "
+    f"FROM unnest({', '.join(f'%({name})s::{kind}[]' for name, kind in _TYPES.items())}) AS it ({', '.join(_TYPES)}) "
+    "WHERE turns.id = it.id AND owner = %(owner)s RETURNING turns.id, key, session"
+)
+_USE = (
+    "UPDATE {s}.sessions SET last_accessed_at = %(now)s, expires_at = %(now)s + idle_us "
+    "WHERE key = ANY(%(sessions)s::bigint[])"
+)
+# The owner of a session has an open turn of it.
+_LEAVE = (
+    f"UPDATE {{s}}.sessions SET owner = {NOBODY} WHERE {{which}} AND owner = %(owner)s AND open_turns > 0 "
+    "AND key <> ALL(ARRAY(SELECT session FROM {s}.turns WHERE owner = %(owner)s))"
+)
+_LEAVE_BY_KEY = _LEAVE.replace("{which}", "key = ANY(%(sessions)s::bigint[])")
+_LEAVE_BY_ID = _LEAVE.replace("{which}", "id = %(session)s")
+_SUSPENDED = f"SELECT id FROM {{s}}.turns WHERE id = ANY(%s) AND owner = {NOBODY}"
+_WAITING = (
+    "SELECT id, owner, state, options FROM {s}.turns "
+    f"WHERE session = %(session)s AND owner IN ({NOBODY}, %(others)s) ORDER BY ordinal"
+)
+_LIST = (
+    f"SELECT id FROM {{s}}.sessions WHERE key = ANY(ARRAY(SELECT session FROM {{s}}.turns WHERE owner = {NOBODY})) "
+    f"AND owner = {NOBODY} AND deletion IS NULL AND last_accessed_at <= %s ORDER BY last_accessed_at, id LIMIT %s"
+)
+
+
+class Suspension(msgspec.Struct, frozen=True):
+    """An open turn with its output so far, and its events."""
+
+    turn: TurnRecord
+    runs: Sequence[Run]
+
+
+def suspend(db: Db, suspended: Sequence[SuspendedTurn], now: datetime, *, owner: int) -> list[str]:
+    """Suspend turns of an owner. Returns those that are neither its open turns nor suspended already."""
+    db.execute(_LOCK, {"sessions": list({it.turn.session_id for it in suspended})})
+    found, sessions = keep(db, [Suspension(it.turn, it.runs) for it in suspended], now, owner=owner)
+    leave(db, sessions, owner=owner)
+    others = [it.turn.id for it in suspended if it.turn.id not in found]
+    if others:
+        found |= {turn_id for (turn_id,) in db.execute(_SUSPENDED, (others,)).fetchall()}
+    return [turn_id for turn_id in others if turn_id not in found]
+
+
+def keep(db: Db, suspensions: Sequence[Suspension], now: datetime, *, owner: int) -> tuple[set[str], set[int]]:
+    """Suspend turns in sessions whose rows are locked. Returns the ids of those that were the owner's, and the keys of
+    their sessions, which are used at ``now``."""
+    ids, sessions = set[str](), set[int]()
+    for some in _parts(suspensions):
+        rows = [values_of(it.turn) | event_pages.values_in_pages(it.turn, it.runs) for it in some]
+        values: dict[str, object] = {name: [row[name] for row in rows] for name in _TYPES}
+        found = {row[0]: row[1:] for row in db.execute(_SUSPEND, values | {"owner": owner}).fetchall()}
+        kept = [it for it in some if it.turn.id in found]
+        event_pages.add(db, ((found[it.turn.id][0], it.turn, it.runs) for it in kept))
+        ids |= found.keys()
+        sessions |= {session for _, session in found.values()}
+    if sessions:
+        db.execute(_USE, {"now": moment(now), "sessions": list(sessions)})
+    return ids, sessions
+
+
+def _parts(suspensions: Sequence[Suspension]) -> Iterator[list[Suspension]]:
+    part: list[Suspension] = []
+    size = 0
+    for it in suspensions:
+        length = it.turn.text_bytes
+        if part and size + length > _BYTES_AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(it)
+        size += length
+    if part:
+        yield part
+
+
+def leave(db: Db, sessions: Collection[int], *, owner: int) -> None:
+    """Note of sessions, by their keys, that they have no owner any more: if all their open turns are suspended."""
+    if sessions:
+        db.execute(_LEAVE_BY_KEY, {"sessions": list(sessions), "owner": owner})
+
+
+def leave_after_end(db: Db, session_id: str, *, owner: int) -> None:
+    """:func:`leave` after the end of a turn."""
+    db.execute(_LEAVE_BY_ID, {"session": session_id, "owner": owner})
+
+
+def first_waiting(db: Db, session: int, *, others: int | None) -> str | None:
+    """The first turn of a session that is suspended, or would be by a recovery from an owner that is gone."""
+    rows: list[Row] = db.execute(_WAITING, {"session": session, "others": others}).fetchall()
+    for turn_id, owner, state, options in rows:
+        if owner == NOBODY or may_resume(state, options):
+            return str(turn_id)
+    return None
+
+
+def list_page(db: Db, *, limit: int, idle_since: datetime) -> Sequence[str]:
+    return [row[0] for row in db.execute(_LIST, (moment(idle_since), limit)).fetchall()]
