@@ -40,7 +40,7 @@ _settings: msgspec.json.Decoder[TurnSettings] = msgspec.json.Decoder(TurnSetting
 
 PATH_COLUMNS = (
     "t.id, t.parent, t.state, t.created_at, t.started_at, t.ended_at, t.last_seq, t.ephemeral, t.events_deleted, "
-    "t.settings, t.input, t.output, CASE WHEN coalesce(t.owner, 0) = 0 AND t.runs IS NULL THEN t.key END"
+    "t.settings, t.input, t.output, CASE WHEN (t.owner IS NULL OR t.owner = 0) AND t.runs IS NULL THEN t.key END"
 )
 """The columns of turns that are read for a prompt or for their messages: options may be larger than these are."""
 TURN_COLUMNS = f"{PATH_COLUMNS}, t.options"
