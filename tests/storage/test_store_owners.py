@@ -277,7 +277,7 @@ async def test_only_the_owner_starts_checkpoints_and_ends_its_turns(open_shared:
 async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_shared: OpenStore) -> None:
     async with open_shared() as zombie:
         await _begin(zombie, "t")
-        await _take_for_dead(zombie)
+        await take_for_dead(zombie)
         async with open_shared() as store:
             assert await store.recover(now=at(1)) == 1
             before = await contents(store, now=at(1))
@@ -287,7 +287,7 @@ async def test_an_owner_that_was_taken_for_dead_cannot_end_its_turn_again(open_s
             assert await contents(store, now=at(1)) == before
 
 
-async def _take_for_dead(store: Store) -> None:
+async def take_for_dead(store: Store) -> None:
     """Do to a store, without its knowledge, what makes other owners take it for dead."""
     if isinstance(store, SqliteStore):
         store._ownership.close()  # only the lock counts for other owners

@@ -5,17 +5,22 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
 
 from service.errors import (
     HeadMovedError,
+    OwnedElsewhereError,
     RepeatedError,
+    SessionNotFoundError,
     TurnInProgressError,
     TurnNotFoundError,
     TurnsSuspendedError,
 )
 from service.models.client import Usage
+from service.storage import rules
 from service.storage.pieces import CALL, QUEUED, STARTED, Resumed, Run, last_seq, resumed_run
 from service.storage.records import (
+    SEQ_AFTER_CRASH,
     AdoptedTurn,
     EndResult,
     IdempotencyKey,
@@ -27,9 +32,10 @@ from service.storage.records import (
     TurnRecord,
 )
 from service.storage.store import Store
+from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended, said, told
 from tests.storage.test_store_added_turns import an_added_turn
-from tests.storage.test_store_owners import a_checkpoint
+from tests.storage.test_store_owners import a_checkpoint, take_for_dead
 
 YES: Any = lambda _turn: True  # noqa: E731
 NO: Any = lambda _turn: False  # noqa: E731
@@ -424,3 +430,240 @@ async def test_while_an_owner_has_another_open_turn_the_session_is_its_own(store
     assert await store.end_turn(ended(adopted.turn), runs=adopted.runs, now=at(3)) is EndResult.KEPT
     assert (await store.get_session("s", now=at(3))).open_turns == 0
     assert (await store.begin_turn(a_turn("next"), now=at(4))).session.open_turns == 1
+
+
+# Several owners
+
+
+async def test_another_owner_adopts_what_an_owner_has_suspended(open_shared: OpenStore) -> None:
+    queued = a_lasting_turn("q", state="queued", parent="t", started_at=None)
+    async with open_shared() as here, open_shared() as there:
+        await _begin(there, a_lasting_turn(), queued)
+        with pytest.raises(OwnedElsewhereError):
+            await _adopt(here)
+        waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
+        await there.suspend_turns([so_far(a_lasting_turn(), "Hel", "lo"), waiting], now=at(1))
+        assert await here.find_owner("s") is None
+        assert list(await here.list_suspended(limit=9, idle_since=at(1))) == ["s"]
+        adopted = await _adopt(here)
+        assert [(it.turn.id, it.turn.text) for it in adopted] == [("t", "Hello"), ("q", "")]
+        # From now on they are this owner's as if it had begun them.
+        owner = await there.find_owner("s")
+        assert owner is not None
+        for refused in (_adopt(there), there.begin_turn(a_turn("next"), now=at(6))):
+            with pytest.raises(OwnedElsewhereError) as error:
+                await refused
+            assert error.value.fence == owner.fence
+        assert set(await there.suspend_turns([so_far(a_lasting_turn(), "Hel"), waiting], now=at(6))) == {"t", "q"}
+        end = ended(a_lasting_turn())
+        assert await there.end_turn(end, runs=said("Hi"), now=at(6)) is EndResult.LOST
+        assert await here.start_turn("q", now=at(6))
+        runs = (*adopted[0].runs, *said("!"))
+        end = ended(adopted[0].turn, text="Hello!")
+        assert await here.end_turn(end, runs=runs, now=at(6), after=4) is EndResult.KEPT
+        assert await told_after_resumption(there) == ["Hel", "lo", "!"]
+
+
+async def test_of_many_that_adopt_at_once_one_gets_the_turns(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, *(a_lasting_turn(f"t{n}", f"s{n}") for n in range(10)))
+        await store.suspend_turns([so_far(a_lasting_turn(f"t{n}", f"s{n}"), "Hi") for n in range(10)], now=T0)
+    adopted: list[str] = []
+    refused: list[str] = []
+    have_adopted = trio.Event()
+
+    async def adopt(store: Store) -> None:
+        for n in range(10):
+            try:
+                adopted.extend(it.turn.id for it in await _adopt(store, f"s{n}"))
+            except OwnedElsewhereError as error:
+                refused.append(error.session_id)
+        if len(adopted) + len(refused) == 30:
+            have_adopted.set()
+        await have_adopted.wait()  # a store that closes leaves its turns to the others
+
+    async with open_shared() as first, open_shared() as second, open_shared() as third:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for store in (first, second, third):
+                    nursery.start_soon(adopt, store)
+        assert sorted(adopted) == [f"t{n}" for n in range(10)]
+        assert sorted(refused) == sorted([f"s{n}" for n in range(10)] * 2)
+
+
+async def test_recovery_suspends_the_turns_that_may_have_another_attempt_and_ends_the_others(
+    open_shared: OpenStore,
+) -> None:
+    usage = Usage(input_tokens=3, output_tokens=2)
+    lasting = a_lasting_turn("lasting", "s1")
+    async with open_shared() as store:
+        await _begin(store, a_turn("fails", "s1"), lasting, a_lasting_turn("last", "s2", attempt=rules.ATTEMPTS_MAX))
+        queued = a_lasting_turn("queued", "s1", state="queued", started_at=None, attempt=rules.ATTEMPTS_MAX)
+        await store.begin_turn(queued, now=T0)
+        for session, turn in (("s1", "fails"), ("s1", "lasting"), ("s2", "last")):
+            kept = a_checkpoint(turn, "Hel", session=session)
+            kept = msgspec.structs.replace(kept, runs=(*BEGINNING, *kept.runs), usage=usage)
+            await store.checkpoint_turns([kept])
+    async with open_shared() as store:
+        assert await store.recover(now=at(2)) == 2
+        last = await store.get_turn("s2", "last", now=at(2))
+        assert (last.state, last.reason, last.text, last.attempt) == ("interrupted", "crash", "Hel", 3)
+        assert last.last_seq == rules.seq_after_crash(3) > 3 * SEQ_AFTER_CRASH
+        fails = await store.get_turn("s1", "fails", now=at(2))
+        assert (fails.state, fails.last_seq) == ("interrupted", SEQ_AFTER_CRASH)
+        base = 2 * SEQ_AFTER_CRASH
+        item = Item(id="lasting-out", role="assistant", text="Hel")
+        suspended = msgspec.structs.replace(lasting, output=(item,), usage=usage, last_seq=base)
+        assert await store.get_turn("s1", "lasting", now=at(2)) == suspended
+        assert await store.get_turn("s1", "queued", now=at(2)) == queued
+        session = await store.get_session("s1", now=at(2))
+        assert (session.open_turns, session.last_accessed_at) == (2, at(2))
+        assert list(await store.list_suspended(limit=9, idle_since=at(2))) == ["s1"]
+        assert await store.recover(now=at(3)) == 0
+        first, second = await _adopt(store, "s1")
+        resumption = resumed_run(Resumed(base + 1, 2, "continue", 3))
+        assert first.turn == msgspec.structs.replace(suspended, attempt=2, last_seq=base + 1)
+        assert first.runs == (*BEGINNING, *said("Hel"), resumption)
+        assert second == AdoptedTurn(turn=queued, runs=())
+        # A client that has seen more than was kept goes on with the resumption.
+        for after in (2, 3, 1000, base):
+            page = await store.read_events("s1", "lasting", after=after)
+            assert (page.runs, page.kept) == ((resumption,), base + 1)
+        end = msgspec.structs.replace(ended(first.turn, text="Hello"), last_seq=base + 3)
+        runs = (*first.runs, *said("lo"))
+        assert await store.end_turn(end, runs=runs, now=at(3), after=base + 1) is EndResult.KEPT
+        assert (await store.read_events("s1", "lasting")).kept == base + 2
+        assert await told_after_resumption(store, "s1", "lasting") == ["Hel", "lo"]
+
+
+async def test_a_turn_that_crashed_before_its_first_checkpoint_begins_anew(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, a_lasting_turn())
+    async with open_shared() as store:
+        assert await store.recover(now=at(2)) == 0
+        (adopted,) = await _adopt(store)
+        seq = 2 * SEQ_AFTER_CRASH + 1
+        assert adopted.runs == (Run(STARTED), resumed_run(Resumed(seq, 2, "retry", 0)))
+        assert (adopted.turn.last_seq, adopted.turn.output) == (seq, ())
+
+
+async def test_a_turn_that_crashes_at_each_attempt_is_interrupted_after_the_last(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _begin(store, a_lasting_turn())
+    seqs = [0]
+    for attempt in range(2, rules.ATTEMPTS_MAX + 1):
+        async with open_shared() as store:
+            (adopted,) = await _adopt(store)  # recovers first
+            assert adopted.turn.attempt == attempt
+            after = adopted.turn.last_seq
+            assert after > seqs[-1]
+            message = Item(id="t-out", role="assistant", text="")
+            kept = msgspec.structs.replace(a_checkpoint("t", "Hi", "!", after=after), items=(message,))
+            await store.checkpoint_turns([kept])
+            seqs.append(after + 2)
+            assert (await store.read_events("s", "t", after=after)).kept == seqs[-1]
+    async with open_shared() as store:
+        assert list(await _adopt(store)) == []
+        turn = await store.get_turn("s", "t", now=at(6))
+        assert (turn.state, turn.reason, turn.attempt) == ("interrupted", "crash", rules.ATTEMPTS_MAX)
+        assert turn.last_seq > seqs[-1]
+        assert (await store.get_session("s", now=at(6))).open_turns == 0
+
+
+async def test_an_adopted_turn_crashes_with_all_that_was_kept_of_it(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        it = await _suspended(store, "Hel", "lo")
+    async with open_shared() as store:
+        (second,) = await _adopt(store)
+        await store.checkpoint_turns([a_checkpoint("t", ", ", "you", after=4)])
+    async with open_shared() as store:
+        assert await store.recover(now=at(6)) == 0
+        assert (await store.get_turn("s", "t", now=at(6))).text == "Hello, you"
+        (third,) = await _adopt(store)
+        resumption = resumed_run(Resumed(3 * SEQ_AFTER_CRASH + 1, 3, "continue", 10))
+        assert third.runs == (*it.runs, second.runs[-1], *said(", ", "you"), resumption)
+    async with open_shared() as store:
+        assert await store.recover(now=at(7)) == 1
+        turn = await store.get_turn("s", "t", now=at(7))
+        assert (turn.state, turn.text, turn.last_seq) == ("interrupted", "Hello, you", 4 * SEQ_AFTER_CRASH)
+        page = await store.read_events("s", "t")
+        assert (page.runs, page.kept) == (third.runs, 3 * SEQ_AFTER_CRASH + 1)
+
+
+async def test_what_would_be_suspended_is_in_the_way_of_a_turn_and_nothing_else(open_shared: OpenStore) -> None:
+    """The turns of an owner that is gone, before any recovery."""
+    first = a_turn("first")
+    async with open_shared() as here:
+        async with open_shared() as dying:
+            await _begin(dying, first)
+            await dying.end_turn(ended(first), runs=said("Hi"), now=T0)
+            await dying.begin_turn(a_turn("side", parent="first"), now=T0)
+            await dying.begin_turn(msgspec.structs.replace(a_lasting_turn(), parent="first"), now=T0)
+        before = await contents(here, now=at(1))
+        with pytest.raises(TurnsSuspendedError) as refused:
+            await here.begin_turn(a_turn("next", parent="first"), now=at(1))
+        assert refused.value.turn_id == "t"
+        with pytest.raises(TurnInProgressError):
+            await here.update_session("s", SessionPatch(head="first"), now=at(1))
+        with pytest.raises(TurnInProgressError):
+            await here.add_turns([an_added_turn("added", parent="t")], now=at(1))
+        assert await contents(here, now=at(1)) == before, "a step that refuses has written nothing"
+        await here.delete_turns("s", "side", now=at(1))
+        assert [it.turn.id for it in await _adopt(here)] == ["t"]
+        assert (await here.get_session("s", now=at(1))).open_turns == 1
+
+
+async def test_a_session_is_deleted_whose_turns_an_owner_that_is_gone_has_left(open_shared: OpenStore) -> None:
+    async with open_shared() as here:
+        async with open_shared() as dying:
+            await _begin(dying, a_lasting_turn(), a_lasting_turn("t2", "s2"))
+        await here.mark_deleted("s", now=at(1))
+        await here.remove_deleted("s")
+        with pytest.raises(SessionNotFoundError):
+            await here.get_session("s", now=at(1))
+        async with open_shared() as marks:
+            await marks.mark_deleted("s2", now=at(1))
+        assert await here.recover(now=at(2)) == 0
+        assert await here.find_session_of("t2") is None, "the deletion is finished"
+        assert list(await here.list_suspended(limit=9, idle_since=at(9))) == []
+
+
+async def test_an_owner_that_was_taken_for_dead_cannot_suspend_a_turn_that_was_adopted(open_shared: OpenStore) -> None:
+    async with open_shared() as zombie:
+        await _begin(zombie, a_lasting_turn())
+        await take_for_dead(zombie)
+        async with open_shared() as store:
+            (adopted,) = await _adopt(store)
+            before = await contents(store, now=at(1))
+            assert set(await zombie.suspend_turns([so_far(a_lasting_turn(), "late")], now=at(2))) == {"t"}
+            assert set(await zombie.checkpoint_turns([a_checkpoint("t", "late")])) == {"t"}
+            assert await contents(store, now=at(1)) == before
+            assert await store.end_turn(ended(adopted.turn), runs=adopted.runs, now=at(2)) is EndResult.KEPT
+
+
+async def test_a_crash_in_a_session_with_suspended_turns_leaves_it_to_the_next(open_shared: OpenStore) -> None:
+    """The owner dies after it has suspended some turns of a session, and before the ends of the others."""
+    fails, lasts = a_turn("f"), a_lasting_turn()
+    async with open_shared() as store:
+        await _begin(store, fails, lasts)
+        await store.suspend_turns([so_far(lasts, "Hi")], now=T0)
+    async with open_shared() as store:
+        assert list(await store.list_suspended(limit=9, idle_since=at(9))) == []
+        assert await store.recover(now=at(1)) == 1
+        assert list(await store.list_suspended(limit=9, idle_since=at(9))) == ["s"]
+        (adopted,) = await _adopt(store)
+        assert (adopted.turn.id, adopted.turn.text, adopted.turn.last_seq) == ("t", "Hi", 3)
+
+
+async def test_a_fork_of_a_turn_with_several_attempts_has_its_events(open_shared: OpenStore) -> None:
+    async with open_shared() as store:
+        await _suspended(store, "Hel", "lo")
+        (adopted,) = await _adopt(store)
+        runs = (*adopted.runs, *said("x" * 70_000, "!"))
+        end = msgspec.structs.replace(ended(adopted.turn, text="Hello" + "x" * 70_000 + "!"), last_seq=7)
+        assert await store.end_turn(end, runs=runs, now=at(6), after=4) is EndResult.KEPT
+        copy = await store.fork_session("s", at=None, copy_id="copy", now=at(7))
+        assert copy.head is not None
+        copied = await store.get_turn("copy", copy.head, now=at(7))
+        assert (copied.text, copied.last_seq, copied.attempt) == (end.text, 7, 2)
+        assert await told_after_resumption(store, "copy", copy.head) == ["Hel", "lo", "x" * 70_000, "!"]
