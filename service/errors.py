@@ -14,6 +14,7 @@
     │   ├── ItemNotFoundError        the session has no such item
     │   ├── TurnInProgressError      a running or queued turn is in the way
     │   │   └── TurnsSuspendedError  the session's open turns wait for a process that adopts them
+    │   ├── TurnMovedError           a turn goes on in another process (``session_id``, ``turn_id``)
     │   ├── TurnEndingError          a turn is ending, and its end takes long (``session_id``, ``turn_id``)
     │   ├── EventsLostError          a resume inside events that a crash lost
     │   ├── EventsDeletedError       a replay of a turn of which an item was deleted
@@ -232,6 +233,21 @@ class TurnEndingError(RefusedError):
         super().__init__(
             f"Turn {turn_id!r} is ending, but its end takes longer than usual: repeat this call, or ask for the "
             "turn at its URL (Location) later."
+        )
+        self.session_id = session_id
+        self.turn_id = turn_id
+
+
+class TurnMovedError(RefusedError):
+    """The call waits for a turn that this process has left, because it stops: the turn goes on in another process."""
+
+    code = "turn_moved"
+    retry_after_s = 1
+
+    def __init__(self, *, session_id: str, turn_id: str) -> None:
+        super().__init__(
+            f"Turn {turn_id!r} goes on in another process, because this one stops. The turn was accepted: do not "
+            "repeat this call without its Idempotency-Key, ask for the turn at its URL (Location)."
         )
         self.session_id = session_id
         self.turn_id = turn_id

@@ -453,6 +453,9 @@ class Settings(BaseModel):
     """How long a whole turn may take."""
     disconnect_grace_s: Seconds = 0
     """How long a turn runs on after its last client has left, unless it was started to `continue`."""
+    on_interrupt: Annotated[Literal["fail", "retry", "continue"], BeforeValidator(_lowercase)] = "fail"
+    """What becomes of a turn whose process stops or dies, unless its request says so itself: it ends as `interrupted`
+    (`fail`), the model is asked anew (`retry`), or goes on after the text so far, where it can (`continue`)."""
     heartbeat_interval_s: IntervalSeconds = 15
     """After this time without an event a stream gets a comment."""
     body_timeout_s: PositiveSeconds = 30

@@ -8,7 +8,8 @@ draining       new work is refused, queued turns are interrupted,        ``drain
                running turns may finish
 closing        the listeners close                                       0.1 s
 interrupting   the turns that still run are interrupted and stored,      ``cleanup_timeout_s``
-               and their streams get the terminal event
+               and their streams get the terminal event; or they are
+               suspended, and another process goes on with them
 releasing      streams send their last chunk; the host closes the        ``release_timeout_s``
                connections, then the tree closes clients and the store
 released       nothing is left; the host's server may return
@@ -96,6 +97,7 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
             of the table above, and ``total``.
         turns_finished: Turns that were completed, failed or cancelled.
         turns_interrupted: Turns that the shutdown ended, queued turns too.
+        turns_suspended: Turns that the shutdown left to another process, or to the next start (``on_interrupt``).
         streams_ended: Event streams that were sent to their end.
         streams_aborted: Event streams whose client was gone or did not read.
         connections_aborted: Connections that were closed by force.
@@ -108,6 +110,7 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
     phases_ms: dict[str, float]
     turns_finished: int
     turns_interrupted: int
+    turns_suspended: int
     streams_ended: int
     streams_aborted: int
     connections_aborted: int
@@ -293,6 +296,8 @@ class Shutdown(StopState):
         after = before if self._sessions is None else self._sessions.statistics()
         if crashed := after.turns_crashed - before.turns_crashed:
             faults.append(f"{crashed} turns crashed; the log has the errors")
+        if self._sessions is not None and (unkept := self._sessions.suspensions.not_kept):
+            faults.append(f"the store did not take {unkept} suspended turns, which go on as after a crash")
         if after.ends_not_stored:
             faults.append(f"the end of {after.ends_not_stored} turns is not in the store")
         return ShutdownReport(
@@ -300,6 +305,7 @@ class Shutdown(StopState):
             phases_ms=self._phases_ms(),
             turns_finished=_finished(after) - _finished(before),
             turns_interrupted=after.turns_interrupted - before.turns_interrupted,
+            turns_suspended=after.turns_suspended - before.turns_suspended,
             streams_ended=after.streams_ended - before.streams_ended,
             streams_aborted=after.streams_aborted - before.streams_aborted,
             connections_aborted=self._connections_aborted,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,7 +11,15 @@ from service.ids import new_item_id, new_session_id, new_turn_id, scoped
 from service.models.client import NO_OPTIONS, Options, Tools
 from service.settings import Settings
 from service.storage.pieces import count
-from service.storage.records import FACE_BYTES_MAX, IdempotencyKey, Item, OnDisconnect, SessionRecord, TurnRecord
+from service.storage.records import (
+    FACE_BYTES_MAX,
+    IdempotencyKey,
+    Item,
+    OnDisconnect,
+    OnInterrupt,
+    SessionRecord,
+    TurnRecord,
+)
 from service.storage.rules import events_at_once, expires_at
 
 ADDED_ITEMS_MAX = 500
@@ -97,6 +105,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     may_leave_out: bool = True
     on_conflict: OnConflict = "reject"
     on_disconnect: OnDisconnect = "cancel"
+    on_interrupt: OnInterrupt = "fail"
     background: bool = False
     creates_session: bool = False
     session_is_new: bool = False
@@ -104,6 +113,11 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
     """What the log calls the request that asks for it."""
     key: IdempotencyKey | None = None
     """The key with which the request may be repeated."""
+
+    @property
+    def without_clients(self) -> OnDisconnect:
+        """What becomes of the turn without a client."""
+        return "continue" if self.background else self.on_disconnect
 
     def record(self, session: SessionRecord, *, queued: bool, now: datetime, settings: Settings) -> TurnRecord:
         """The turn as it is accepted."""
@@ -124,7 +138,19 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             options=self.options,
             face=_kept_face(self.face),
             ephemeral=self.ephemeral,
+            **self._for_other_processes(),
         )
+
+    def _for_other_processes(self) -> dict[str, Any]:
+        """What only a process must know that goes on with the turn."""
+        if self.ephemeral or self.on_interrupt == "fail":
+            return {}
+        return {
+            "on_interrupt": self.on_interrupt,
+            "on_disconnect": self.without_clients,
+            "may_title": self.may_title,
+            "may_leave_out": self.may_leave_out,
+        }
 
 
 def _kept_face(face: dict[str, msgspec.Raw] | msgspec.UnsetType) -> dict[str, msgspec.Raw] | msgspec.UnsetType:

@@ -11,11 +11,13 @@
     ├── titles          titles that a model writes       titles.py
     ├── replays         the logs of ended turns          events/replay.py
     ├── streams         open event streams               events/streams.py
+    ├── suspensions     turns that go on elsewhere       active/suspensions.py
     └── drain           no more work, then no more turns active/drain.py
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
+from datetime import timedelta
 from functools import partial
 
 import msgspec
@@ -31,10 +33,14 @@ from service.errors import (
     RepeatedError,
     ResumeConflictError,
     SessionNotFoundError,
+    ShuttingDownError,
     StoreError,
     TurnEndingError,
     TurnInProgressError,
+    TurnLimitError,
+    TurnMovedError,
     TurnNotFoundError,
+    TurnsSuspendedError,
 )
 from service.freezes import ScopeDeadline, move_on_after
 from service.ids import new_session_id, owner_of, scoped
@@ -45,6 +51,7 @@ from service.sessions.active.deletion import Deletions
 from service.sessions.active.drain import Drain
 from service.sessions.active.keyed_calls import KeyedCalls, gone_if_not_found
 from service.sessions.active.pending_writes import PendingWrites
+from service.sessions.active.suspensions import Suspensions
 from service.sessions.commands import ADDED_ITEMS_MAX, NewItems, NewSession, NewTurn, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
@@ -56,7 +63,7 @@ from service.sessions.statistics import SessionsStatistics
 from service.sessions.titles import Titles
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
-from service.stop_state import StopState
+from service.stop_state import Phase, StopState
 from service.storage.records import (
     IdempotencyKey,
     Item,
@@ -73,6 +80,12 @@ from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
+_ADOPTIONS_MAX = 3
+"""How often a call looks for a suspended turn. Another process, or another call here, may adopt it meanwhile."""
+_ADOPTED_AT_ONCE = 100
+"""How many sessions with suspended turns one run of the recovery looks at."""
+SUSPENDED_S = 1.0
+"""How long a suspended turn waits for its client, which names the process that goes on with it."""
 PLACES_MAX_S = 1.0
 """How long an answer waits for the places of its turns, which the store knows."""
 FORKS_WAITING_MAX = 100
@@ -90,6 +103,7 @@ class Sessions:
         deletions: Deletions under way, and deletions whose outcome is unknown.
         streams: Open event streams.
         drain: The calls for the shutdown.
+        suspensions: Turns that are left to another process.
     """
 
     def __init__(
@@ -120,6 +134,8 @@ class Sessions:
             transport=transport,
         )
         self.drain = Drain(self._active, self.proxied_requests, stop)
+        self.suspensions = Suspensions(store, clock=clock)
+        self._stop = stop
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
         self._forking = trio.Lock()
         self._keyed_calls = KeyedCalls(store, clock=clock, store_timeout_s=settings.store_timeout_s)
@@ -139,6 +155,7 @@ class Sessions:
             self.pending_writes,
             self._titles,
             self.drain,
+            suspensions=self.suspensions,
             store=store,
             client_for=client_for,
             clock=clock,
@@ -643,6 +660,8 @@ class Sessions:
     async def wait_turn(self, session_id: str, turn_id: str) -> TurnRecord:
         """Wait for the end of a turn; returns the turn. Cancellation affects the caller only.
 
+        A turn that this process leaves, because it stops, is returned as it stands then.
+
         A look, and no interest: the caller holds no watch, so that its leave does not end the turn, and the turn ends
         for lack of clients while such a caller waits.
 
@@ -651,8 +670,13 @@ class Sessions:
             OwnedElsewhereError: The turn is open in another process.
         """
         self._check_not_deleted(session_id)
-        turn = self._find_turn(session_id, turn_id)
-        return await self.get_turn(session_id, turn_id) if turn is None else await turn.wait_ended()
+        turn = await self._find_or_adopt(session_id, turn_id)
+        if isinstance(turn, TurnRecord):
+            return turn
+        try:
+            return await turn.wait_ended()
+        except TurnMovedError:
+            return turn.record()
 
     async def list_turns(
         self,
@@ -723,11 +747,13 @@ class Sessions:
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
             TurnEndingError: The end takes longer than :attr:`cancel_timeout_s`; it comes later.
+            TurnMovedError, TurnLimitError, ShuttingDownError: The turn goes on in another process, or is suspended and
+                cannot be adopted here.
         """
         self._check_not_deleted(session_id)
-        turn = self._find_turn(session_id, turn_id)
-        if turn is None:
-            return await self.get_turn(session_id, turn_id)
+        turn = await self._find_or_adopt(session_id, turn_id)
+        if isinstance(turn, TurnRecord):
+            return turn
         turn.cut_short(outcome.Cancelled("requested"))
         with move_on_after(self.cancel_timeout_s):
             return await turn.wait_ended()
@@ -753,19 +779,55 @@ class Sessions:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
             EventsLostError: Not all events after ``after`` are in the store. (If a crash lost only the last events, a
                 reader of the stored events still goes on to the terminal event.)
+            TurnLimitError, ShuttingDownError: The turn is suspended, and cannot be adopted here.
         """
         self._check_not_deleted(session_id)
-        turn = self._find_turn(session_id, turn_id)
-        if turn is not None:
-            return turn.log, turn.watch() if watches else turn.watch_as_reader()
-        with self._answered_within():
-            log = await self._replays.open(
-                session_id,
-                turn_id,
-                after=after,
-                read_turn=lambda with_texts: self._read_turn(session_id, turn_id, with_texts=with_texts),
-            )
-        return log, Watch(None)
+        for _ in range(_ADOPTIONS_MAX):
+            turn = self._find_turn(session_id, turn_id)
+            if turn is not None:
+                return turn.log, turn.watch() if watches else turn.watch_as_reader()
+            try:
+                with self._answered_within():
+                    log = await self._replays.open(
+                        session_id,
+                        turn_id,
+                        after=after,
+                        read_turn=lambda with_texts: self._read_ended(session_id, turn_id, with_texts=with_texts),
+                    )
+            except TurnsSuspendedError:
+                await self._acceptance.adopt(session_id)
+            else:
+                return log, Watch(None)
+        raise _changes_often(turn_id)
+
+    async def _find_or_adopt(self, session_id: str, turn_id: str) -> Turn | TurnRecord:
+        """The turn, if it is open here; adopted first if it is suspended. Its record, if it has ended.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError, TurnLimitError, ShuttingDownError
+        """
+        for _ in range(_ADOPTIONS_MAX):
+            turn = self._find_turn(session_id, turn_id)
+            if turn is not None:
+                return turn
+            try:
+                with self._answered_within():
+                    return await self._read_ended(session_id, turn_id, with_texts=True)
+            except TurnsSuspendedError:
+                await self._acceptance.adopt(session_id)
+        raise _changes_often(turn_id)
+
+    async def _read_ended(self, session_id: str, turn_id: str, *, with_texts: bool) -> TurnRecord:
+        """Read a turn that does not run in this process and has ended.
+
+        Raises:
+            SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError
+            TurnsSuspendedError: It has not ended, and no process runs it.
+        """
+        record = await self._read_turn(session_id, turn_id, with_texts=with_texts)
+        if record.is_open and record.on_interrupt != "fail":
+            raise TurnsSuspendedError(turn_id)
+        return record
 
     def find_live_turn(self, session_id: str, turn_id: str) -> Turn | None:
         """The turn, if this process runs it, or ran it and its end is not in the store yet."""
@@ -795,7 +857,13 @@ class Sessions:
             SessionNotFoundError, OwnedElsewhereError, EventsLostError
             ResumeConflictError: There is no such turn, or it has fewer events.
         """
-        head = (await self.get_session(session_id)).head
+        session = await self.get_session(session_id)
+        if session.open_turns and not self._active.has_turns(session_id):
+            with self._answered_within():
+                is_elsewhere = await self._store.find_owner(session_id) is not None
+            if not is_elsewhere:
+                await self._acceptance.adopt(session_id)  # one of these turns may be the one that is meant
+        head = session.head
         newest = None if head is None else await self.get_turn(session_id, head)
         open_here = [turn.record() for turn in reversed(self._active.turns_of(session_id))]
         fitting = [
@@ -841,6 +909,32 @@ class Sessions:
             self.pending_writes.refusal = error
             raise
 
+    async def adopt_waiting(self) -> None:
+        """Adopt turns that have been suspended for a second, whose clients have not come back here or elsewhere.
+
+        Adopts none in a stop, and none beyond ``live_turns_max``.
+
+        Raises:
+            StoreError: The last refusal, if there was one.
+        """
+        if self._stop.phase is not Phase.SERVING:
+            return
+        idle_since = self._clock() - timedelta(seconds=SUSPENDED_S)
+        with self._answered_within():
+            found = await self._store.list_suspended(limit=_ADOPTED_AT_ONCE, idle_since=idle_since)
+        refusal: StoreError | None = None
+        for session_id in {*self._acceptance.unresolved_adoptions, *found}:
+            try:
+                await self._acceptance.adopt(session_id)
+            except (OwnedElsewhereError, SessionNotFoundError):
+                pass  # another process was first, or it is deleted
+            except (TurnLimitError, ShuttingDownError):
+                break
+            except StoreError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
+
     async def end_hung(self, *, within_s: float) -> None:
         """End the open turns whose tasks hang. Called by the shutdown when it does not wait for these tasks any more.
 
@@ -877,7 +971,7 @@ class Sessions:
         record = await read()
         if record.is_open:
             await self._refuse_if_elsewhere(session_id)
-            record = await read()  # the turn has no owner, so it ended between the two reads
+            record = await read()  # the turn has no owner, so it ended between the two reads, or it is suspended
         return record
 
     async def _refuse_if_elsewhere(self, session_id: str) -> None:
@@ -892,6 +986,10 @@ class Sessions:
 
     def _answered_within(self) -> AbstractContextManager[ScopeDeadline]:
         return answered_within(self._settings.store_timeout_s)
+
+
+def _changes_often(turn_id: str) -> StoreError:
+    return StoreError(f"Turn {turn_id!r} passes from process to process; try again.")
 
 
 @asynccontextmanager

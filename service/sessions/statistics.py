@@ -24,6 +24,7 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
     turns_failed: int
     turns_cancelled: int
     turns_interrupted: int
+    turns_suspended: int
     ends_not_stored: int
     turns_crashed: int
     callers_waiting: int
@@ -45,6 +46,7 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
             turns_failed=active.ends["failed"],
             turns_cancelled=active.ends["cancelled"],
             turns_interrupted=active.ends["interrupted"],
+            turns_suspended=active.turns_suspended,
             ends_not_stored=pending_writes.turns,
             turns_crashed=active.turns_crashed,
             callers_waiting=callers_waiting,

@@ -253,8 +253,10 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     never becomes the head.
 
     ``attempt`` counts the processes that have run the turn. Only with an ``on_interrupt`` other than ``fail`` there may
-    be several, and only then the store keeps ``on_disconnect``. These three are not in the records of a path. While
-    such a turn is *suspended*, open without an owner, the record has the output and the ``last_seq`` of what was kept.
+    be several, and only then the store keeps ``on_disconnect``, ``may_title`` (whether its end may give the session a
+    title) and ``may_leave_out`` (whether its prompt may lack the oldest turns). These five are not in the records of a
+    path. While such a turn is *suspended*, open without an owner, the record has the output and the ``last_seq`` of
+    what was kept.
     """
 
     id: str
@@ -285,6 +287,8 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     on_interrupt: OnInterrupt = "fail"
     attempt: int = 1
     on_disconnect: OnDisconnect = "cancel"
+    may_title: bool = True
+    may_leave_out: bool = True
     stored: bool = True
 
     @property

@@ -18,6 +18,8 @@ class _TurnOptions(msgspec.Struct, frozen=True, kw_only=True):
     on_interrupt: OnInterrupt | msgspec.UnsetType = msgspec.UNSET
     on_disconnect: OnDisconnect | msgspec.UnsetType = msgspec.UNSET
     attempt: int | msgspec.UnsetType = msgspec.UNSET
+    may_title: bool | msgspec.UnsetType = msgspec.UNSET
+    may_leave_out: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 _decoder: msgspec.json.Decoder[_TurnOptions] = msgspec.json.Decoder(_TurnOptions)
@@ -37,7 +39,13 @@ def options_json(turn: TurnRecord) -> bytes | None:
 
 
 def _on_interrupt(turn: TurnRecord) -> dict[str, Any]:
-    return {"on_interrupt": turn.on_interrupt, "on_disconnect": turn.on_disconnect, "attempt": turn.attempt}
+    return {
+        "on_interrupt": turn.on_interrupt,
+        "on_disconnect": turn.on_disconnect,
+        "attempt": turn.attempt,
+        "may_title": msgspec.UNSET if turn.may_title else False,
+        "may_leave_out": msgspec.UNSET if turn.may_leave_out else False,
+    }
 
 
 def may_resume(state: TurnState, options: bytes | str | None) -> bool:
@@ -59,4 +67,6 @@ def options_of(json: bytes | str | None) -> dict[str, Any]:
         "on_interrupt": options.on_interrupt or "fail",
         "on_disconnect": options.on_disconnect or "cancel",
         "attempt": options.attempt or 1,
+        "may_title": options.may_title is not False,
+        "may_leave_out": options.may_leave_out is not False,
     }

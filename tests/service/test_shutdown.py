@@ -146,6 +146,7 @@ async def test_without_a_turn_nothing_is_waited_for(autojump_clock: MockClock, s
         phases_ms=dict.fromkeys(["notice", "lame_duck", "draining", "interrupting", "releasing", "total"], 0.0),
         turns_finished=0,
         turns_interrupted=0,
+        turns_suspended=0,
         streams_ended=0,
         streams_aborted=0,
         connections_aborted=0,

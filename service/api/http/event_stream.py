@@ -39,6 +39,10 @@ _HEARTBEAT = b": heartbeat\n"
 the last id, such as httpx-sse 0.4.3, would take a blank line for an empty event."""
 _HEARTBEAT_BLOCK = b": heartbeat\n\n"
 """The comment of streams without ids, for decoders that read blocks and look only at the first line of each."""
+_MOVED = b": moved\n"
+"""What a stream says before it ends without a terminal event, because its turn goes on in another process: the client
+resumes it there."""
+_MOVED_BLOCK = b": moved\n\n"
 _WRITE_BYTES_MAX = 64 * 1024
 _BUSY_S = 0.02
 """A write that takes longer is followed by a pause. It takes less than a millisecond if the event loop is not busy."""
@@ -82,6 +86,8 @@ class PieceWriter(Protocol):
 class EventStream(ResponseBody):
     """Yields all events that are ready as one piece, and a comment after silence. Ends with the log.
 
+    If the turn goes on elsewhere, it ends after a comment that says so, without a terminal event.
+
     While it waits for an event and the host offers a :class:`PieceWriter`, the task that appends an event writes it:
     :meth:`take_appended`. The stream's own task goes on where the connection takes no more, where the event loop is
     busy, in a stop that writes only ends, and at the end.
@@ -95,6 +101,7 @@ class EventStream(ResponseBody):
         encode: The face's frame of an event.
         opening: What the stream begins with, in one piece with the events that are ready.
         heartbeat: The comment after silence.
+        moved: The comment before the end of a stream whose turn goes on elsewhere.
         cut: The last frame of a stream that ends early, for clients that would take its end for that of a whole stream.
         encoder: Opens the frames that ``encode`` leaves out because they are long.
         seen: If the first frames are long, the stream begins with those whose numbers are not below this one.
@@ -110,6 +117,7 @@ class EventStream(ResponseBody):
         encode: EncodeFrame,
         opening: bytes = _RETRY,
         heartbeat: bytes = _HEARTBEAT,
+        moved: bytes = _MOVED,
         cut: bytes = b"",
         encoder: FaceEncoder | None = None,
         seen: int = 0,
@@ -122,6 +130,7 @@ class EventStream(ResponseBody):
         self._cut = cut
         self._opening = opening
         self._heartbeat = heartbeat
+        self._moved = moved + cut
         self._writer: PieceWriter | None = None
         self._watch = current_watch()
         self._log = log
@@ -220,6 +229,8 @@ class EventStream(ResponseBody):
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._seq == self._log.last_seq
+        if self._ended and self._log.is_moved:
+            chunk += self._moved
         if self._held_bytes or len(chunk) > _WRITE_BYTES_MAX:
             self._hold(len(chunk))
         return LastPiece(before + chunk) if self._ended else before + chunk
@@ -235,6 +246,8 @@ class EventStream(ResponseBody):
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._caught_up
+        if self._ended and self._log.is_moved:
+            piece += self._moved
         return LastPiece(piece) if self._ended else piece
 
     def close_long(self) -> None:
@@ -265,21 +278,29 @@ def stream_face(
     See :mod:`service.api.http.face_frames`. If the stream ends early, ``cut`` is its last frame.
     """
     release_after_request(slot.close)
+    body = face_stream(log, slot, face=face, place=place, cut=cut, scope=request.scope)
+    release_after_request(body.close_long)
+    return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
+
+
+def face_stream(
+    log: Events, slot: StreamSlot, *, face: Face, place: Place, cut: bytes, scope: Mapping[str, Any]
+) -> EventStream:
+    """Return the body of a stream in a face from a place on."""
     encoder = encoder_of(log, face)
-    body = EventStream(
+    return EventStream(
         log,
         slot,
         after=place.seq,
         encode=encoder.encode,
         opening=place.rest,
         heartbeat=_HEARTBEAT_BLOCK,
+        moved=_MOVED_BLOCK,
         cut=cut,
         encoder=encoder,
         seen=place.seen,
-        scope=request.scope,
+        scope=scope,
     )
-    release_after_request(body.close_long)
-    return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 
 LastEventId = Annotated[

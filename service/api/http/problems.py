@@ -46,6 +46,7 @@ from service.errors import (
     TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
+    TurnMovedError,
     TurnNotFoundError,
 )
 
@@ -97,6 +98,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     NotReadyError: 503,
     OwnedElsewhereError: 503,
     TurnEndingError: 503,
+    TurnMovedError: 503,
     OwnerHangsError: 504,
     StoreError: 503,
     ResourcesExhaustedError: 503,
@@ -152,6 +154,8 @@ ADVICE: Mapping[str, str] = {
     "turn_ending": "the turn is ending, and its end takes long: repeat the call after `Retry-After`, or ask for the "
     "turn at `Location`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
+    "turn_moved": "the server stops, and the turn goes on in another process or after the next start: ask for the turn "
+    "at `Location` after `Retry-After`; do not repeat the call without an `Idempotency-Key`",
 }
 """Advice to the reader for each code of a problem: a text without a full stop, with code in backticks."""
 
@@ -172,6 +176,7 @@ REASONS_TO_RETRY: Mapping[str, str] = {
     "stream_limit": "always: streams end within moments",
     "turn_ending": "always: the end is on its way",
     "turn_limit": "always: turns end within moments",
+    "turn_moved": "always: another process goes on with the turn, or this one starts again",
 }
 """Whether an answer with status 409, 429 or 503 has ``Retry-After``, by its code, and why."""
 
@@ -271,10 +276,10 @@ def refusal_of(error: Exception, *, scope: dict[str, Any]) -> Refusal:
         headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
     if isinstance(error, PreconditionFailedError):
         headers["ETag"] = quoted(error.revision)
-    if isinstance(error, ShuttingDownError):
+    if isinstance(error, ShuttingDownError | TurnMovedError):
         headers["Connection"] = "close"  # so that a pool finds another server
     if (
-        isinstance(error, ResumeConflictError | OwnerHangsError | TurnEndingError)
+        isinstance(error, ResumeConflictError | OwnerHangsError | TurnEndingError | TurnMovedError)
         and error.session_id
         and error.turn_id
     ):

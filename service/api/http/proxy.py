@@ -4,11 +4,11 @@ The owner answers on a Unix socket, or over TLS to other replicas (``service/clu
 that know the store's secret (``service/cluster/peer_proof.py``). It gets the request once it has proved that it knows
 the secret too. The request says for which process it is: any other one refuses it (421), and the owner is looked for
 anew. The owner's answer goes to the client as it arrives, heartbeats included, and a client that leaves here has left
-the owner too. If the owner dies during a stream, this process recovers its turns, and the stream goes on from the store
-up to its terminal event, in the face in which it began. If the owner hangs, the client gets an error once the answer is
-overdue; a stream and a call that waits for a turn end when the owner's beats are missing
-(``service/cluster/owner_beats.py``). The client has not left then either: the owner finds the connection half closed
-when it goes on.
+the owner too. If the owner dies during a stream, this process recovers its turns, and the stream goes on here up to its
+terminal event, in the face in which it began: from the store, or with the turn, if this process adopts that. If the
+owner hangs, the client gets an error once the answer is overdue; a stream and a call that waits for a turn end when the
+owner's beats are missing (``service/cluster/owner_beats.py``). The client has not left then either: the owner finds the
+connection half closed when it goes on.
 
 When this process stops, the owner's turns go on, and their streams end here when the time is over. The clients have not
 left: this process closes only its sending side, and the owner gives the clients a moment to come back. The owner does
@@ -32,12 +32,11 @@ from quart_trio.wrappers import TrioResponse
 from service.api.http.app_state import current_service
 from service.api.http.callers import CALLER, caller_headers, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
-from service.api.http.event_frames import EncodeFrame, read_frames
-from service.api.http.event_stream import is_event_stream, read_last_event_id, read_seen
-from service.api.http.face_frames import Face, FaceEncoder, TurnSource, encoder_of, find_place, open_turn
-from service.api.http.held_bytes import bytes_of, hold_answer
+from service.api.http.event_frames import EncodeFrame
+from service.api.http.event_stream import EventStream, face_stream, is_event_stream, read_last_event_id, read_seen
+from service.api.http.face_frames import Face, TurnSource, find_place, open_turn
+from service.api.http.held_bytes import hold_answer
 from service.api.http.locations import located
-from service.api.http.long_frames import LongFrames
 from service.api.http.problems import problem_response, refusal_of
 from service.api.http.repeats import repeat_is_allowed
 from service.api.http.request_body import drop_body, kept_body
@@ -57,7 +56,7 @@ from service.errors import (
 )
 from service.freezes import move_on_after
 from service.ids import public_id, scoped
-from service.sessions.events.event_log import Events
+from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Watch
 from service.supervisor import Service
 
@@ -78,6 +77,8 @@ _LOOK = "lastcall.look"
 """Key in a request's ASGI scope: its answer is as good without the end of the turn for which the answer waits."""
 _FACE = "lastcall.face"
 """Key in a request's ASGI scope: the face of the stream that answers the request."""
+SLOT = "lastcall.slot"
+"""Key in a request's ASGI scope: the slot of the stream that answers the request, taken before any work for it."""
 _HOPS = "lastcall-hops"
 _HANDED_OVER = "lastcall-handed-over"
 """Header of a request that a process which stops has passed on: any process that serves may answer it."""
@@ -99,7 +100,6 @@ _HOP_WAIT_S = 0.02
 _DYING_S = 1.0
 """How long a dying process may hold its lock after its connections have closed."""
 _POLL_INTERVAL_S = 0.01
-_WRITE_BYTES_MAX = 64 * 1024
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"date", b"server", b"expect")
 )
@@ -323,7 +323,7 @@ async def _answer_from(
             turn_path=response.headers.get("Location") or request.path,
             face=cast("dict[str, EncodeFrame | FaceStream]", request.scope)[_FACE],
         )
-        release_after_request(proxied.close_long)
+        release_after_request(proxied.close)
     return response
 
 
@@ -457,12 +457,10 @@ class ProxiedStream(ResponseBody):
             self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
         self._has_ended = self._is_cut = False
-        self._rest: Events | None = None
-        self._encode: EncodeFrame | None = None
-        self._opening = b""
-        self._encoder: FaceEncoder | None = None
-        self._long: LongFrames | None = None
-        self._held = bytes_of(request.scope)
+        self._rest: EventStream | None = None
+        self._watch = Watch(None)
+        self._client_returns = _client_returns() if is_from_peer() else bool
+        self._scope = cast("dict[str, Any]", request.scope)
 
     async def __aenter__(self) -> "ProxiedStream":
         return self
@@ -481,7 +479,7 @@ class ProxiedStream(ResponseBody):
             except PEER_GONE:
                 self._rest = None if self._has_ended else await self._open_rest()
         if self._rest is not None:
-            frames = await self._read_rest(self._rest)
+            return await anext(self._rest)
         frames = frames or self._cut()
         if not frames:
             raise StopAsyncIteration
@@ -489,48 +487,16 @@ class ProxiedStream(ResponseBody):
 
     def _cut(self) -> bytes:
         """The last frame of a stream that has no end; empty if it has one, or needs no such frame."""
-        if not isinstance(self._face, FaceStream) or self._has_ended or self._rest is not None or self._is_cut:
+        if not isinstance(self._face, FaceStream) or self._has_ended or self._is_cut:
             return b""
         self._is_cut = True
         return self._face.cut
 
-    async def _read_rest(self, rest: Events) -> bytes:
-        assert self._encode is not None
-        if self._long is not None:
-            await trio.lowlevel.checkpoint()
-            return self._take_long(rest, self._long)
-        if not await self._load_rest(rest):
-            self._rest = None
-            return b""
-        opening, self._opening = self._opening, b""
-        frames, self._seq = read_frames(rest, self._seq, encode=self._encode, bytes_max=_WRITE_BYTES_MAX)
-        if not frames and self._encoder is not None:
-            self._long = self._encoder.open_long(rest, self._seq, seen=self._frames_seen, held=self._held)
-            if self._long is not None:
-                frames = self._take_long(rest, self._long)
-        return opening + frames
-
-    def _take_long(self, rest: Events, frames: LongFrames) -> bytes:
-        piece = frames.take()
-        if frames.is_over:
-            self.close_long()
-            self._seq = rest.read_after(self._seq)[0].seq
-        return piece
-
-    def close_long(self) -> None:
-        """Hold no long frames any more. Idempotent."""
-        if self._long is not None:
-            self._long.close()
-            self._long = None
-
-    async def _load_rest(self, rest: Events) -> bool:
-        """Load the next events from the store. Returns False if that fails: the stream was cut."""
-        try:
-            await rest.load_after(self._seq)
-        except LastcallError as error:
-            logger.warning("a stream was cut", log=repr(rest), error=str(error))
-            return False
-        return True
+    def close(self) -> None:
+        """Hold nothing any more for the rest of the stream: the request is over. Idempotent."""
+        if self._rest is not None:
+            self._rest.close_long()
+        self._watch.release(client_returns=self._client_returns())
 
     async def _receive_frames(self) -> bytes:
         """Return at least one frame; empty at the end, and if this process stops or the owner hangs.
@@ -558,8 +524,11 @@ class ProxiedStream(ResponseBody):
         if found:
             self._seq = int(last.partition(b"\n")[0])
 
-    async def _open_rest(self) -> Events | None:
-        """Return the event log from the store for a stream whose owner died; None if that fails: the stream is cut."""
+    async def _open_rest(self) -> EventStream | None:
+        """Return the rest of a stream whose owner died: of the turn that was recovered, or goes on in this process.
+
+        None if that fails: the stream is cut.
+        """
         try:
             session_id, turn_id = await self._find_turn()
         except LastcallError as error:
@@ -567,12 +536,12 @@ class ProxiedStream(ResponseBody):
             return None
         try:
             await _wait_until_free(self._service, session_id, self._fence)
-            log = await self._go_on(session_id, turn_id)
+            rest = await self._go_on(session_id, turn_id)
         except LastcallError as error:
             logger.warning("a stream was cut with its owner", session_id=session_id, turn_id=turn_id, error=str(error))
             return None
-        logger.info("a stream ends from the store: its owner died", session_id=session_id, turn_id=turn_id)
-        return log
+        logger.info("a stream goes on here: its owner died", session_id=session_id, turn_id=turn_id)
+        return rest
 
     async def _find_turn(self) -> tuple[str, str]:
         if isinstance(self._face, FaceStream):
@@ -581,24 +550,27 @@ class ProxiedStream(ResponseBody):
         assert turn is not None
         return scoped(self._owner, turn[1]), turn[2]
 
-    async def _go_on(self, session_id: str, turn_id: str) -> Events:
-        """Open the turn's events, and find the place in them after the frames that the client has."""
+    async def _go_on(self, session_id: str, turn_id: str) -> EventStream | None:
+        """Open the turn's events, and find the place in them after the frames that the client has.
+
+        None if none is left.
+        """
         sessions = self._service.sessions
+        slot: StreamSlot = self._scope[SLOT]
         if isinstance(self._face, FaceStream):
-            turn, log, watch = await open_turn(sessions, session_id, turn_id)
-            watch.release()
+            turn, log, self._watch = await open_turn(sessions, session_id, turn_id)
             face = self._face.face_of(turn)
-            self._seq, self._opening, *_ = await find_place(log, face, seen=self._frames_seen)
-            self._encoder = encoder_of(log, face)
-            self._encode = self._encoder.encode
-            return log
-        log, watch = await sessions.open_events(session_id, turn_id)
-        watch.release()
-        self._encode = self._face
+            place = await find_place(log, face, seen=self._frames_seen)
+            await log.load_after(place.seq)
+            return face_stream(log, slot, face=face, place=place, cut=self._face.cut, scope=self._scope)
+        log, self._watch = await sessions.open_events(session_id, turn_id)
         if self._seq < log.last_seq:
             # A client that saw events which were lost goes on with the terminal event.
             self._seq = min(self._seq, log.unbroken_seq)
-        return log
+        if log.closed and self._seq >= log.last_seq:
+            return None
+        await log.load_after(self._seq)
+        return EventStream(log, slot, after=self._seq, encode=self._face, opening=b"", scope=self._scope)
 
 
 def split_whole(data: bytes) -> tuple[bytes, bytes]:

@@ -19,6 +19,7 @@ from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.held_bytes import RequestBytes, bytes_of
 from service.api.http.locations import located, turn_path
 from service.api.http.proxy import (
+    SLOT,
     allow_longer_answer,
     note_accepted,
     release_later,
@@ -35,6 +36,7 @@ from service.errors import (
     RepeatedError,
     ResumeConflictError,
     ShuttingDownError,
+    TurnMovedError,
     TurnNotFoundError,
 )
 from service.sessions.active.keyed_calls import gone_if_not_found
@@ -46,7 +48,6 @@ from service.settings import Settings
 from service.storage.records import IdempotencyKey, Places, TurnRecord
 from service.supervisor import Service
 
-_SLOT = "lastcall.slot"
 Newest = Callable[[], Awaitable[tuple[str, Events, Watch]]]
 """Finds the turn of a client that has come back without a key."""
 
@@ -100,10 +101,10 @@ def take_slot(service: Service) -> StreamSlot:
         StreamLimitError
     """
     scope = cast("dict[str, StreamSlot]", request.scope)
-    if _SLOT not in scope:
-        scope[_SLOT] = service.sessions.streams.open_stream()
-        release_after_request(scope[_SLOT].release_unused)  # has an effect only if the answer is no stream
-    return scope[_SLOT]
+    if SLOT not in scope:
+        scope[SLOT] = service.sessions.streams.open_stream()
+        release_after_request(scope[SLOT].release_unused)  # has an effect only if the answer is no stream
+    return scope[SLOT]
 
 
 async def answer_new(service: Service, session_id: str, new: NewTurn, face: TurnFace, *, streams: bool) -> TrioResponse:
@@ -295,7 +296,7 @@ async def stream_again(slot: StreamSlot, opened: FoundTurn, face: TurnFace, *, a
     """Answer the events of a turn that was started before, after ``after``; 204 if none is left."""
     release_later(opened.watch)
     drop_body(request)
-    if opened.log.closed and after == opened.log.last_seq:
+    if opened.log.closed and after == opened.log.last_seq and not opened.log.is_moved:
         response = no_content()
     else:
         leave_at_end_of_input()
@@ -332,5 +333,7 @@ async def answer_again(
             leave_at_end_of_input()
             note_accepted(turn_path(session_id, turn_id))
             await log.wait_closed()
+            if log.is_moved:
+                raise TurnMovedError(session_id=session_id, turn_id=turn_id)
     record = await read(turn_id)
     return await face.show(service, record, 202 if background else 200, with_location=True)

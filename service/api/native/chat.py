@@ -51,6 +51,7 @@ async def chat() -> TrioResponse:
     new = NewTurn(
         text=body.message,
         on_disconnect=body.on_disconnect,
+        on_interrupt=body.on_interrupt or service.settings.on_interrupt,
         creates_session=True,
         session_is_new=body.session_id is None,
         request_id=current_request_id(),

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from service.sessions.events.events import TerminalEvent, TurnArguments, TurnCall, TurnQueued, TurnStarted
+from service.sessions.events.events import TerminalEvent, TurnArguments, TurnCall, TurnQueued, TurnResumed, TurnStarted
 
 
 class TurnDelta(msgspec.Struct, frozen=True, kw_only=True, tag="turn.delta", tag_field="type"):
@@ -19,4 +19,4 @@ class TurnReasoning(msgspec.Struct, frozen=True, kw_only=True, tag="turn.reasoni
     text: str
 
 
-Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TurnCall | TurnArguments | TerminalEvent
+Event = TurnQueued | TurnStarted | TurnDelta | TurnReasoning | TurnCall | TurnArguments | TurnResumed | TerminalEvent

@@ -22,7 +22,7 @@ from service.api.http.wire_types import (
 )
 from service.api.http.wire_types import NO_NUL as _NO_NUL
 from service.sessions.commands import INPUT_ITEMS_MAX, OnConflict
-from service.storage.records import OnDisconnect
+from service.storage.records import OnDisconnect, OnInterrupt
 
 _OF_SESSION = Meta(description="The session's if left out.")
 
@@ -114,6 +114,11 @@ ReasoningEffort = Annotated[
 
 
 _WITHOUT_CLIENTS = Meta(description="What happens when no client streams the turn or waits for it any more.")
+_WITHOUT_PROCESS = Meta(
+    description="What becomes of the turn if its process stops or dies before the turn's end: `fail` ends the turn as "
+    "interrupted, `retry` has another process, or the next start, ask the model anew, and `continue` has the model go "
+    "on after the text so far, where its server can. The setting `on_interrupt` if left out."
+)
 _AT_ONCE = Meta(description="Answer 202 at once; the turn runs also if no client waits for it.")
 
 
@@ -157,6 +162,7 @@ class StartTurn(RequestBody, frozen=True, kw_only=True):
         OnConflict, Meta(description="What to do while another turn of the session is running or queued.")
     ] = "reject"
     on_disconnect: Annotated[OnDisconnect, _WITHOUT_CLIENTS] = "cancel"
+    on_interrupt: Annotated[OnInterrupt, _WITHOUT_PROCESS] | UnsetType = UNSET
     background: Annotated[bool, _AT_ONCE] = False
 
 
@@ -185,6 +191,7 @@ class RetryTurn(RequestBody, frozen=True, kw_only=True):
         OnConflict, Meta(description="What to do if the retried turn waits for other turns to end.")
     ] = "reject"
     on_disconnect: Annotated[OnDisconnect, _WITHOUT_CLIENTS] = "cancel"
+    on_interrupt: Annotated[OnInterrupt, _WITHOUT_PROCESS] | UnsetType = UNSET
     background: Annotated[bool, _AT_ONCE] = False
 
 
@@ -198,3 +205,4 @@ class Chat(RequestBody, frozen=True, kw_only=True):
     on_disconnect: Annotated[
         OnDisconnect, Meta(description="What happens when no client streams the turn any more.")
     ] = "cancel"
+    on_interrupt: Annotated[OnInterrupt, _WITHOUT_PROCESS] | UnsetType = UNSET

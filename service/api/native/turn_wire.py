@@ -150,6 +150,20 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | UnsetType
     ) = UNSET
+    on_interrupt: (
+        Annotated[
+            Literal["retry", "continue"],
+            Meta(description="Only there if the turn goes on after a stop or a crash of its process."),
+        ]
+        | UnsetType
+    ) = UNSET
+    attempt: (
+        Annotated[
+            int,
+            Meta(description="How many processes have run the turn so far. Only there with `on_interrupt`."),
+        ]
+        | UnsetType
+    ) = UNSET
     stored: (
         Annotated[
             Literal[False],
@@ -181,6 +195,8 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
             is_head=UNSET if places is None or siblings is None else places.head == record.id,
             items=tuple(map(_item_of, (*record.input, *record.output))) if _shows_items(record) else UNSET,
             events_deleted=True if record.events_deleted else UNSET,
+            on_interrupt=UNSET if record.on_interrupt == "fail" else record.on_interrupt,
+            attempt=UNSET if record.on_interrupt == "fail" else record.attempt,
             stored=UNSET if record.stored else False,
         )
 

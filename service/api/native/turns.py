@@ -63,6 +63,7 @@ from service.errors import (
     TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
+    TurnMovedError,
     TurnNotFoundError,
 )
 from service.freezes import move_on_after
@@ -77,6 +78,9 @@ blueprint = Blueprint("turns", __name__)
 
 _NO_TURN = (SessionNotFoundError, TurnNotFoundError)
 STARTING_ERRORS = (TurnInProgressError, QueueFullError, TurnLimitError, StreamLimitError, ShuttingDownError)
+WAITING_ERRORS = (OwnerHangsError, TurnMovedError)
+ADOPTING_ERRORS = (TurnLimitError, ShuttingDownError)
+"""A turn that no process runs is adopted by the process that is asked for it."""
 RESUMING_ERRORS = (ResumeConflictError, EventsLostError, EventsDeletedError)
 RESUMES = (
     "The id of the last event that the client has seen: no turn is started. "
@@ -156,7 +160,14 @@ FACE = _NativeTurns()
     body=StartTurn,
     accepts_stream=True,
     answers=STARTED,
-    errors=(SessionNotFoundError, OwnerHangsError, BranchLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    errors=(
+        SessionNotFoundError,
+        OwnerHangsError,
+        TurnMovedError,
+        BranchLimitError,
+        *STARTING_ERRORS,
+        *RESUMING_ERRORS,
+    ),
     resumes=RESUMES,
 )
 async def start_turn(session_id: str) -> TrioResponse:
@@ -167,6 +178,10 @@ async def start_turn(session_id: str) -> TrioResponse:
     kind of end: read `state`. The input is stored before the first byte of the answer. When the last client
     that streams a turn or waits for it has left, the turn is cancelled, unless it is `background` or
     `on_disconnect` is `continue`.
+
+    If the process of the turn stops, a turn with `on_interrupt` as `retry` or `continue` goes on in another process, or
+    after the next start: a stream ends without a terminal event then, and a call that waits gets 503 `turn_moved` with
+    the turn's URL as `Location`. Resume the stream, or ask for the turn there.
 
     With `tools` the model may call functions, which the client runs: `items` of the ended turn has the calls, as do the
     events `turn.call` and `turn.arguments`. The `input` of the next turn brings the results, as items of the type
@@ -199,6 +214,7 @@ async def start_turn(session_id: str) -> TrioResponse:
         options=_options_of(body, NO_OPTIONS),
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
+        on_interrupt=body.on_interrupt or service.settings.on_interrupt,
         background=body.background,
         request_id=current_request_id(),
         key=key,
@@ -213,7 +229,7 @@ async def start_turn(session_id: str) -> TrioResponse:
     body=RetryTurn,
     accepts_stream=True,
     answers=STARTED,
-    errors=(*_NO_TURN, OwnerHangsError, BranchLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
+    errors=(*_NO_TURN, *WAITING_ERRORS, BranchLimitError, *STARTING_ERRORS, *RESUMING_ERRORS),
     resumes=RESUMES,
 )
 async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
@@ -247,6 +263,7 @@ async def retry_turn(session_id: str, turn_id: str) -> TrioResponse:
         options=_options_of(body, turn.options),
         on_conflict=body.on_conflict,
         on_disconnect=body.on_disconnect,
+        on_interrupt=body.on_interrupt or service.settings.on_interrupt,
         background=body.background,
         request_id=current_request_id(),
         key=key,
@@ -434,7 +451,7 @@ async def get_tree(session_id: str) -> TrioResponse:
     id="get_turn",
     query=TurnQuery,
     answers=(Answer(status=200, description="The turn as it stands.", body=Turn),),
-    errors=(*_NO_TURN, StreamLimitError),
+    errors=(*_NO_TURN, StreamLimitError, *ADOPTING_ERRORS),
 )
 async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Get a turn, with the reply so far.
@@ -491,7 +508,7 @@ async def delete_turn(session_id: str, turn_id: str) -> TrioResponse:
         Answer(status=200, description="The events after the one that was seen last, live.", streams=True),
         Answer(status=204, description="The turn has ended and all its events have been seen: do not reconnect."),
     ),
-    errors=(*_NO_TURN, EventsLostError, EventsDeletedError, StreamLimitError),
+    errors=(*_NO_TURN, EventsLostError, EventsDeletedError, StreamLimitError, *ADOPTING_ERRORS),
 )
 async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     """Stream a turn's events: live, replayed or both.
@@ -506,6 +523,11 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
 
     Compare the ids of events, and do not count them: if the process that ran the turn has crashed, the id of the
     last event, `turn.interrupted`, jumps to 1073741824 or more.
+
+    A turn with `on_interrupt` outlives its process. Where that stops, the stream ends after a comment and without a
+    terminal event: resume it. Then, and after a crash, `turn.resumed` comes before all that is new: cut the text that
+    you have to its first `text_length` Unicode code points, and go on with the pieces that follow. Its id may be much
+    larger than the one before.
     """
     seen, field = read_seen(request)
     service = current_service()
@@ -515,7 +537,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     may_talk = "talk" in current_caller().may
     log, watch = await service.sessions.open_events(session_id, turn_id, after=seen, watches=may_talk)
     release_later(watch)
-    if seen >= log.last_seq and log.closed:
+    if seen >= log.last_seq and log.closed and not log.is_moved:
         return no_content()
     if seen > log.last_seq:
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)
@@ -529,7 +551,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
 @operation(
     id="cancel_turn",
     answers=(Answer(status=200, description="The turn, ended.", body=Turn),),
-    errors=(*_NO_TURN, TurnEndingError),
+    errors=(*_NO_TURN, TurnEndingError, TurnMovedError, *ADOPTING_ERRORS),
 )
 async def cancel_turn(session_id: str, turn_id: str) -> TrioResponse:
     """Cancel a turn and wait for its end.

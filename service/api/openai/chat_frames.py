@@ -24,6 +24,7 @@ from service.sessions.events.events import (
     TurnDelta,
     TurnQueued,
     TurnReasoning,
+    TurnResumed,
     TurnStarted,
 )
 from service.storage.records import Item, TurnRecord, is_json_object
@@ -213,7 +214,7 @@ class ChunkEncoder:
                 return self._argue(event)
             case TurnCall():
                 return self._open(event)
-            case TurnQueued():
+            case TurnQueued() | TurnResumed():
                 return _NOTHING
             case TurnStarted():
                 return self._chunk(b'{"role":"assistant","content":""}')

@@ -12,13 +12,16 @@ from service.clock import Clock
 from service.errors import (
     BranchLimitError,
     HeadMovedError,
+    InvalidRequestError,
     NothingAskedError,
     QueueFullError,
+    RefusedError,
     SessionExistsError,
     SessionNotFoundError,
     StoreError,
     TurnInProgressError,
     TurnLimitError,
+    TurnsSuspendedError,
 )
 from service.freezes import ScopeDeadline, move_on_after
 from service.models.client import ModelClient
@@ -26,15 +29,16 @@ from service.sessions.active.active_sessions import ActiveSessions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession
+from service.sessions.active.suspensions import Suspensions
 from service.sessions.commands import NewItems, NewSession, NewTurn, OnConflict
 from service.sessions.events import outcome
 from service.sessions.titles import Titles
 from service.sessions.turns.prompt import PathEnd
 from service.sessions.turns.turn import Turn
-from service.sessions.turns.turn_log import turn_log_context
+from service.sessions.turns.turn_log import log_adoption, turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
-from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
+from service.storage.records import AdoptedTurn, IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
@@ -56,6 +60,10 @@ class Acceptance:
 
     Args:
         nursery: The nursery of the sessions supervisor. Acceptance starts the session tasks in it.
+
+    Attributes:
+        unresolved_adoptions: The sessions whose turns the store may have given to this process in a call that it has
+            not answered. The next adoption of such a session has these turns.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class Acceptance:
         titles: Titles,
         drain: Drain,
         *,
+        suspensions: Suspensions,
         store: Store,
         client_for: Callable[[str], ModelClient],
         clock: Clock,
@@ -80,6 +89,8 @@ class Acceptance:
         self._client_for = client_for
         self._clock = clock
         self._settings = settings
+        self._suspensions = suspensions
+        self.unresolved_adoptions: set[str] = set()
 
     async def accept(self, session_id: str, new: NewTurn, within_s: float) -> Turn:
         """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
@@ -103,6 +114,9 @@ class Acceptance:
                     new = msgspec.structs.replace(new, creates_session=False, session_is_new=False)
                 except HeadMovedError:
                     pass  # another process has just accepted a turn: follow that turn
+                except TurnsSuspendedError:
+                    await self._adopt(session, deadline)
+                    branches = self._check_place(session, new)
                 except TurnInProgressError:  # the parent ended before it started, and a turn above it is open
                     self._check_following(session, new.on_conflict)
                     branches = False
@@ -177,6 +191,79 @@ class Acceptance:
                     await self._pending_writes.retry_ends_of(session_id)
                     yield session, checked, deadline
 
+    async def adopt(self, session_id: str) -> None:
+        """Take over the suspended turns of a session, if it has any, and run them. The waits are as in :meth:`accept`.
+
+        Cancellation leaves no turn behind that no process runs. Turns that the store may have given to this process in
+        a call without an answer are run after the next call.
+
+        Raises:
+            SessionNotFoundError: It is being deleted.
+            OwnedElsewhereError: Another process runs the session's turns.
+            TurnLimitError, ShuttingDownError
+        """
+
+        def check(session: ActiveSession) -> None:
+            self._drain.check_accepting()
+            _check_not_deleted(session)
+
+        async with self._deciding(session_id, check, self._settings.store_timeout_s, adds_open_turn=True) as deciding:
+            session, _, deadline = deciding
+            await self._adopt(session, deadline)
+
+    async def _adopt(self, session: ActiveSession, deadline: ScopeDeadline) -> None:
+        """Adopt the turns of a session whose acceptance the caller holds.
+
+        Shielded: a cancellation after the store's step would leave turns that no task runs. No checkpoint comes
+        between this step and the start of the tasks.
+        """
+        stored = await self._store.get_session(session.id, now=self._clock())
+        await _refuse_if_late(deadline)
+        self.unresolved_adoptions.add(session.id)
+        try:
+            with self._pending_writes.writing(within_s=deadline.left_s, shield=True):
+                adopted = await self._store.adopt_turns(
+                    session.id,
+                    now=self._clock(),
+                    continues=self._can_continue,
+                    running=[turn.id for turn in session.turns],
+                )
+        except RefusedError:
+            self.unresolved_adoptions.discard(session.id)
+            raise
+        self.unresolved_adoptions.discard(session.id)
+        for turn in adopted:
+            self._make_live(session, self._adopted(turn, stored), supersedes=False)
+
+    def _adopted(self, adopted: AdoptedTurn, session: SessionRecord) -> Turn:
+        """A turn that another process has begun. It fails if no upstream has its model any more."""
+        record = adopted.turn
+        try:
+            client, refusal = self._client_for(record.model), None
+        except InvalidRequestError as error:
+            client, refusal = self._client_for(self._settings.default_model), error
+        turn = Turn(
+            record,
+            client=client,
+            system_message=record.system_message or session.system_message,
+            on_disconnect=record.on_disconnect,
+            settings=self._settings,
+            may_title=record.may_title,
+            may_leave_out=record.may_leave_out,
+            runs=adopted.runs,
+        )
+        if refusal is not None:
+            turn.cut_short(outcome.failed("model_not_found", str(refusal)))
+        log_adoption(turn)
+        return turn
+
+    def _can_continue(self, turn: TurnRecord) -> bool:
+        """Whether the model of a turn can go on after the text so far."""
+        try:
+            return self._client_for(turn.model).can_continue(turn.text, turn.options)
+        except InvalidRequestError:
+            return False
+
     async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""
         with self._active.holding(session_id) as session:
@@ -234,7 +321,7 @@ class Acceptance:
             record,
             client=self._client_for(record.model),
             system_message=record.system_message or stored.system_message,
-            on_disconnect="continue" if new.background else new.on_disconnect,
+            on_disconnect=new.without_clients,
             settings=self._settings,
             may_title=new.may_title,
             may_leave_out=new.may_leave_out,
@@ -338,6 +425,7 @@ class Acceptance:
                     turn,
                     wait_to_start=lambda: session.wait_to_start(turn),
                     default_end=session.default_end,
+                    suspend=self._suspensions.suspend,
                     store=self._store,
                     clock=self._clock,
                     settings=self._settings,
@@ -355,8 +443,11 @@ class Acceptance:
         """
 
         async def end(session: ActiveSession, turn: Turn) -> None:
-            turn.decide(session.default_end())
-            if await end_turn(turn, store=self._store, clock=self._clock, within_s=within_s) and session.remove(turn):
+            turn.decide(session.default_end(turn))
+            ended = await end_turn(
+                turn, suspend=self._suspensions.suspend, store=self._store, clock=self._clock, within_s=within_s
+            )
+            if ended and session.remove(turn):
                 self._note_ended(turn)
 
         async with trio.open_nursery() as nursery:
@@ -364,6 +455,10 @@ class Acceptance:
                 nursery.start_soon(end, session, turn)
 
     def _note_ended(self, turn: Turn) -> None:
+        if isinstance(turn.end, outcome.Suspended):
+            self._suspensions.leave_unkept(turn)  # has an effect only if the turn's task has not come so far
+            self._active.note_ended(turn)
+            return
         if not (turn.stored or turn.is_lost):
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)

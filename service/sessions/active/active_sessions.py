@@ -18,12 +18,14 @@ class ActiveSessions:
 
     Attributes:
         ends: How many turns have ended, by their last state.
+        turns_suspended: How many turns have left this process without an end: they go on elsewhere.
         turns_crashed: How many turns a fault of this service has ended.
         turns_arriving: How many turns are being accepted, those among them whose callers wait for other callers.
     """
 
     def __init__(self) -> None:
         self.ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
+        self.turns_suspended = 0
         self.turns_crashed = 0
         self._sessions: dict[str, ActiveSession] = {}
         self.turns_arriving = 0
@@ -110,7 +112,10 @@ class ActiveSessions:
 
     def note_ended(self, turn: Turn) -> None:
         """Count a turn that has left its session."""
-        self.ends[turn.state] += 1
+        if turn.is_suspended:
+            self.turns_suspended += 1
+        else:
+            self.ends[turn.state] += 1
         self.turns_crashed += turn.crashed
         self._turns_open -= 1
         self._changes.unpark_all()

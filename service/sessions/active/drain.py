@@ -24,27 +24,28 @@ class Drain:
     def interrupt_queued(self) -> int:
         """End queued turns as ``interrupted``. Returns the number of turns that end now.
 
-        Where other processes serve in this one's place none ends: queued turns have the rest of the drain, too.
+        Turns that are suspended instead have the rest of the drain, too. Where other processes serve in this one's
+        place all queued turns have it.
         """
         if self._stop.is_replaced:
             return 0
-        return sum(
-            turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns() if not turn.running
-        )
+        return sum(_interrupt_queued(turn) for turn in self._active.open_turns() if not turn.running)
 
     def interrupt_all(self) -> int:
-        """End all open turns as ``interrupted``. Returns the number of turns that end now.
+        """End all open turns as ``interrupted``, or suspend them. Returns the number of turns that stop now.
 
         Turns of other processes go on, but their streams through this process end after ``cleanup_timeout_s``. If the
         owner of such a turn stops as well, its terminal event arrives within that time.
         """
         self._proxied_requests.end_soon()
-        return sum(turn.cut_short(outcome.Interrupted("shutdown")) for turn in self._active.open_turns())
+        return sum(turn.cut_short(turn.end_of_stop()) for turn in self._active.open_turns())
 
     def interrupt_late(self, turn: Turn) -> None:
-        """Interrupt a turn that was being accepted when the phase that interrupts such turns began."""
-        if self._stop.phase >= (Phase.INTERRUPTING if turn.running or self._stop.is_replaced else Phase.DRAINING):
-            turn.cut_short(outcome.Interrupted("shutdown"))
+        """Interrupt or suspend a turn that was being accepted when the phase that does so to such turns began."""
+        if self._stop.phase >= Phase.INTERRUPTING:
+            turn.cut_short(turn.end_of_stop())
+        elif self._stop.phase >= Phase.DRAINING and not turn.running and not self._stop.is_replaced:
+            _interrupt_queued(turn)
 
     @property
     def is_idle(self) -> bool:
@@ -56,3 +57,12 @@ class Drain:
         while not self.is_idle:
             await self._active.wait_idle()
             await self._proxied_requests.wait_idle()
+
+
+def _interrupt_queued(turn: Turn) -> bool:
+    """Interrupt a queued turn at the beginning of the drain, unless the turn will be suspended at the end of it.
+
+    Returns whether the turn ends now.
+    """
+    end = turn.end_of_stop()
+    return not isinstance(end, outcome.Suspended) and turn.cut_short(end)

@@ -52,11 +52,11 @@ class ActiveSession:
     def has_work(self) -> bool:
         return bool(self.turns or self.holders or self.deletion)
 
-    def default_end(self) -> outcome.Outcome:
+    def default_end(self, turn: Turn) -> outcome.Outcome | outcome.Suspended:
         """The end of a turn whose task is cancelled from above: by a crash of the session, or by the service."""
         if self._crashed:
             return outcome.internal_error()
-        return outcome.Interrupted("shutdown")
+        return turn.end_of_stop()
 
     def add(self, turn: Turn) -> None:
         """Add an accepted turn, and start it if the session's task runs; otherwise the task starts it."""
@@ -131,7 +131,7 @@ class ActiveSession:
                 self._unstarted.clear()
                 for turn in self.turns.copy():
                     turn.crashed = self._crashed
-                    turn.decide(self.default_end())
+                    turn.decide(self.default_end(turn))
                     self.remove(turn)
                     note_ended(turn)
                 self._crashed = False

@@ -19,7 +19,7 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnResumed,
 )
-from service.sessions.events.kept_events import runs_of
+from service.sessions.events.kept_events import PieceKind, runs_of
 from service.steps import Steps, at_once
 from service.storage.pieces import Run, join, pack, skip, texts_by_item, unpack
 
@@ -115,7 +115,7 @@ class Events(Protocol):
 
 
 class EventLog:
-    """An append-only log of events with seqs from 1. Only before ``turn.resumed`` may be a gap (:mod:`~service.sessions.events.events`).
+    """An append-only log of events with seqs from 1, without gaps but those before ``turn.resumed``.
 
     Only the turn's own task appends and closes, and what takes the model's events for it. Reading is synchronous, so a
     reader holds only a number (the last seq that the reader has seen, 0 for none) while it waits or is stalled.
@@ -141,7 +141,7 @@ class EventLog:
         self._newest_after = 0
         self._newest_bytes = 0
         self._others: dict[int, Event] = {}  # the events in chunks that are no pieces, by seq
-        self._kinds: dict[int, type[TurnDelta | TurnReasoning | TurnArguments]] = {}  # of the pieces in chunks, by item
+        self._kinds: dict[int, PieceKind] = {}  # of the pieces in chunks, by item
         self._bytes = 0
         self._gaps: list[tuple[int, int]] = []
         """Where seqs have no events: the last seq before each gap, and the last one in it."""
@@ -184,9 +184,7 @@ class EventLog:
             text_bytes = len(event.text) if event.text.isascii() else len(event.text.encode())
             size = _PIECE_BYTES + text_bytes + (_ITEM_CHANGE_BYTES if event.item != self._last_item else 0)
         else:
-            text_bytes, size = 0, _OTHER_EVENT_BYTES
-            if isinstance(event, TurnCall):
-                size += len(event.call_id.encode()) + len(event.name.encode())
+            text_bytes, size = 0, _size_of_other(event)
         if self._bytes + size > self._bytes_max:
             return False
         if isinstance(event, Piece):
@@ -219,7 +217,7 @@ class EventLog:
         text: str,
         *,
         event_of: Callable[[Run, int], Event],
-        kind_of: Callable[[int], type[TurnDelta | TurnReasoning | TurnArguments]],
+        kind_of: Callable[[int], PieceKind],
     ) -> None:
         """Put the events that the log of another process had into this one, which is empty.
 
@@ -243,14 +241,14 @@ class EventLog:
     def _restore_other(self, event: Event) -> None:
         if event.seq > self.last_seq + 1:
             self._skip_before(event)
-        self._bytes += _OTHER_EVENT_BYTES
+        self._bytes += _size_of_other(event)
         self._chunks.append(_Chunk(self.last_seq, -1, pack(list(runs_of([event]))), b""))
         self._others[event.seq] = event
         self.last_seq = event.seq
 
-    def _restore_pieces(self, run: Run, text: bytes, kind: type[TurnDelta | TurnReasoning | TurnArguments]) -> None:
+    def _restore_pieces(self, run: Run, text: bytes, kind: PieceKind) -> None:
         events = run.events
-        self._bytes += len(text) + _PIECE_BYTES * events
+        self._bytes += len(text) + _PIECE_BYTES * events + (_ITEM_CHANGE_BYTES if run.item != self._last_item else 0)
         self._chunks.append(_Chunk(self.last_seq, run.item, run.lengths, text))
         self._kinds[run.item] = kind
         self._last_item = run.item
@@ -406,8 +404,7 @@ class EventLog:
             else:
                 runs += [run for chunk in alike for run in unpack(chunk.runs)]
         runs += runs_of(self._newest)
-        skipped = after - (chunks[0].after if chunks else self._newest_after)
-        return join(skip(runs, skipped))
+        return join(skip(runs, after, begins=chunks[0].after if chunks else self._newest_after))
 
     def text(self, *, after: int = 0) -> str:
         """The texts of the pieces after a seq, in the order of their arrival."""
@@ -475,6 +472,13 @@ class EventLog:
                 events.append(kind(seq=seq, item=run.item, text=text[start : start + length]))
                 start += length
         return events
+
+
+def _size_of_other(event: Event) -> int:
+    """What an event that is no piece takes."""
+    if isinstance(event, TurnCall):
+        return _OTHER_EVENT_BYTES + len(event.call_id.encode()) + len(event.name.encode())
+    return _OTHER_EVENT_BYTES
 
 
 def _parts(run: Run) -> Iterator[Run]:

@@ -20,9 +20,10 @@ from service.sessions.events.events import (
     TurnStarted,
 )
 from service.storage.pieces import CALL, QUEUED, RESUMED, STARTED, Resumed, Run, resumed_of, resumed_run, run_of
-from service.storage.records import EventsPage, TurnRecord
+from service.storage.records import EventsPage, Item, TurnRecord
 
-_PIECES: dict[str, type[TurnDelta | TurnReasoning | TurnArguments]] = {
+PieceKind = type[TurnDelta | TurnReasoning | TurnArguments]
+_PIECES: dict[str, PieceKind] = {
     "message": TurnDelta,
     "reasoning": TurnReasoning,
     "function_call": TurnArguments,
@@ -106,7 +107,7 @@ def events_of(turn: TurnRecord, page: EventsPage, place: Place, *, events_max: i
             seq, index = events[-1].seq, index + 1
             continue
         end = run.end_of(events_max - len(events), offset)
-        kind = _PIECES[turn.output[run.item].type]
+        kind = kind_of_pieces(turn.output[run.item])
         for length in Run(run.item, run.lengths[offset:end]).pieces():
             seq += 1
             events.append(kind(seq=seq, item=run.item, text=page.text[start : start + length]))
@@ -123,8 +124,13 @@ def without_contents(turn: TurnRecord) -> TurnRecord:
     )
 
 
+def kind_of_pieces(item: Item) -> PieceKind:
+    """The kind of the pieces of an output item."""
+    return _PIECES[item.type]
+
+
 def opening_of(turn: TurnRecord, run: Run, seq: int) -> TurnQueued | TurnStarted | TurnCall | TurnResumed:
-    """The event of a run that is no pieces. ``seq`` is the one after that of the event before."""
+    """The event of a run that has no pieces. ``seq`` is the one after that of the event before."""
     item = run.item
     if item == RESUMED:
         resumed = resumed_of(run)

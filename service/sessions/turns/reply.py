@@ -1,6 +1,6 @@
 """The output of a running turn. Its texts are in the turn's event log and nowhere else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -60,14 +60,36 @@ class Reply:
         self._items: list[_Growing] = []
         self._current: dict[Literal["message", "reasoning"], int] = {}  # the items that texts of a kind continue
         self._calls: list[int] = []  # the items of the calls
+        self._restored_items = self._restored_bytes = 0
 
     def __repr__(self) -> str:
         return f"<Reply: {len(self._items)} items, {self.length} code points>"
 
+    def restore(self, items: Sequence[Item]) -> None:
+        """Take over the items of an earlier process, whose events are in the log: a text goes on in its message.
+
+        Reasoning does not go on: it begins a new item.
+        """
+        for index, item in enumerate(items):
+            self._items.append(_Growing(msgspec.structs.replace(item, text=""), 0))
+            match item.type:
+                case "message":
+                    self._current["message"] = index
+                    self.length += len(item.text)
+                    self.bytes += utf8_length(item.text)
+                case "function_call":
+                    self._calls.append(index)
+                    self._current.clear()
+                    self.bytes += size_of(CallOpened(0, item.call_id, item.name, item.upstream))
+                    self.bytes += utf8_length(item.text)
+            if item.encrypted:
+                self.bytes += size_of(EncryptedReasoning(item.encrypted, item.upstream))
+        self._restored_items, self._restored_bytes = len(items), self.bytes
+
     @property
     def begun(self) -> bool:
-        """Whether the model has sent a piece of an item."""
-        return bool(self._items)
+        """Whether the model has sent a piece of an item, in this process."""
+        return len(self._items) > self._restored_items or self.bytes > self._restored_bytes
 
     @property
     def calls(self) -> int:

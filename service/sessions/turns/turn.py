@@ -5,6 +5,7 @@ Its task is in :mod:`service.sessions.turns.turn_task`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from math import inf
 from types import TracebackType
 from typing import Self
@@ -12,7 +13,7 @@ from typing import Self
 import msgspec
 import trio
 
-from service.errors import ModelError
+from service.errors import ModelError, TurnMovedError
 from service.long_texts import pieces_of
 from service.models.client import (
     Finished,
@@ -27,11 +28,22 @@ from service.models.client import (
 from service.sessions.events import outcome
 from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import Event, TerminalEvent, TurnDelta, TurnQueued, TurnStarted
+from service.sessions.events.kept_events import kind_of_pieces, opening_of
 from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.settings import Settings
-from service.storage.pieces import count
-from service.storage.records import Checkpoint, Item, LeftOut, OnDisconnect, Siblings, TurnRecord, TurnState
+from service.storage.pieces import Run, last_seq, text_of
+from service.storage.records import (
+    Checkpoint,
+    Item,
+    LeftOut,
+    OnDisconnect,
+    Siblings,
+    SuspendedTurn,
+    TurnRecord,
+    TurnState,
+)
+from service.storage.rules import resumes
 
 RETURN_S = 5.0
 """How long a turn runs on after another process of this service has cut off its client: enough for some attempts of a
@@ -42,6 +54,10 @@ class Turn:
     """The state of a live turn, shared by its task, its readers and the calls that end it.
 
     All methods except :meth:`wait_ended` are synchronous, so that no second decision comes between the steps of one.
+
+    Args:
+        runs: The events that earlier processes have sent and that count: the turn was adopted, with the output in
+            ``record``. A turn that runs goes on after the last of them.
     """
 
     def __init__(
@@ -55,6 +71,7 @@ class Turn:
         may_title: bool = True,
         may_leave_out: bool = True,
         request_id: str | None = None,
+        runs: Sequence[Run] | None = None,
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max)
         self.deadlines = TurnDeadlines()
@@ -88,9 +105,11 @@ class Turn:
         self.when_over: list[Callable[[], object]] = []
         """What is called when the turn has ended and no watch of it is left: gives back what is held for the turn,
         without a wait."""
-        self.end: outcome.Outcome | None = None
+        self.end: outcome.Outcome | outcome.Suspended | None = None
         self.is_ending = False
         """Whether the decided end is being stored and published, or was."""
+        self.is_suspended = False
+        """Whether the turn was left to another process: its log is closed, and it has not ended."""
         self.stored_seq = 0
         """The seq up to which checkpoints have stored the events; a store need not write these again at the end."""
         self._settings = settings
@@ -100,10 +119,29 @@ class Turn:
         self._watches = 0
         self._readers = 0
         self._reply = Reply(self.log, record.id)
-        self._spent: Usage | None = None
+        self._spent: Usage | None = record.usage
         self._stream: ModelStream | None = None
-        if record.state == "queued":
-            self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
+        self.was_adopted = runs is not None
+        self._begin_log(runs)
+
+    def _begin_log(self, runs: Sequence[Run] | None) -> None:
+        """Take over the events and the output of earlier processes, and wait for their client; or begin."""
+        record = self._record
+        if runs is not None and self._on_disconnect == "cancel":
+            self.deadlines.note_no_client(returns_within_s=max(self._settings.disconnect_grace_s, RETURN_S))
+        if not runs:
+            if record.state == "queued":
+                self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
+            return
+        self.log.restore(
+            runs,
+            text_of(runs, [item.text for item in record.output]),
+            event_of=partial(opening_of, record),
+            kind_of=lambda item: kind_of_pieces(record.output[item]),
+        )
+        self.stored_seq = self.log.last_seq
+        self._reply.restore(record.output)
+        self._record = msgspec.structs.replace(record, output=(), usage=None, last_seq=0)
 
     def __repr__(self) -> str:
         return f"<Turn {self.id} of {self.session_id}: {self.state}, seq {self.log.last_seq}>"
@@ -159,20 +197,30 @@ class Turn:
         return self._record.output if self.ended.is_set() else self._reply.changed_after(0)
 
     async def wait_ended(self) -> TurnRecord:
-        """Wait until the end is stored and published. Cancellation affects the caller only."""
+        """Wait until the end is stored and published. Cancellation affects the caller only.
+
+        Raises:
+            TurnMovedError: The turn was suspended: it goes on elsewhere.
+        """
         await self.ended.wait()
+        if self.is_suspended:
+            raise TurnMovedError(session_id=self.session_id, turn_id=self.id)
         return self.record()
 
     # Its end
 
-    def decide(self, end: outcome.Outcome) -> bool:
+    def decide(self, end: outcome.Outcome | outcome.Suspended) -> bool:
         """Decide how the turn ends. The first decision stands; a later call changes nothing and returns False."""
         if self.end is not None:
             return False
         self.end = end
         return True
 
-    def cut_short(self, end: outcome.Outcome) -> bool:
+    def end_of_stop(self) -> outcome.Outcome | outcome.Suspended:
+        """How the turn ends here if the process stops."""
+        return outcome.Suspended() if resumes(self._record) else outcome.Interrupted("shutdown")
+
+    def cut_short(self, end: outcome.Outcome | outcome.Suspended) -> bool:
         """Decide how the turn ends, and stop its work. For callers outside of the turn's task."""
         if self.deadlines.have_stopped():
             self.decide(self.deadlines.end())  # the deadline was first
@@ -224,10 +272,15 @@ class Turn:
     # For its task
 
     def start(self, now: datetime) -> None:
-        """It runs from now on, and its deadline with it."""
-        self._record = msgspec.structs.replace(self._record, state="running", started_at=self._record.started_at or now)
+        """It runs from now on, and its deadline with it, which counts from the first start, in whatever process."""
+        first_at = self._record.started_at or now
+        goes_on = self.was_adopted and self.running
+        self._record = msgspec.structs.replace(self._record, state="running", started_at=first_at)
         self.started_at = trio.current_time()
-        self.deadlines.start(self._settings.turn_timeout_s)
+        passed_s = max((now - first_at).total_seconds(), 0) if goes_on else 0
+        self.deadlines.start(self._settings.turn_timeout_s, passed_s=passed_s)
+        if goes_on:
+            return
         self.append(
             TurnStarted(
                 seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
@@ -250,6 +303,11 @@ class Turn:
     def usage(self) -> Usage | None:
         """What the upstream has counted so far, for all replies that were asked of it."""
         return total_usage(self._spent, None if self._stream is None else self._stream.usage)
+
+    @property
+    def text_so_far(self) -> str:
+        """The text after which the model goes on, empty if it begins: that of a reply which another process began."""
+        return "".join([item.text for item in self._reply.items() if item.type == "message"])
 
     @property
     def text_length(self) -> int:
@@ -346,7 +404,18 @@ class Turn:
         """
         if self.is_ending:
             return
-        self.stored_seq = checkpoint.after + count(checkpoint.runs)
+        self.stored_seq = last_seq(checkpoint.runs, checkpoint.after)
+
+    def suspended(self, texts: Mapping[int, str] | None = None) -> SuspendedTurn:
+        """What the store keeps of the turn, for the process that goes on with it.
+
+        Args:
+            texts: The texts of the reply, if the caller has them.
+        """
+        record = msgspec.structs.replace(
+            self._record, output=self._reply.items(texts), last_seq=self.log.last_seq, usage=self.usage
+        )
+        return SuspendedTurn(turn=record, runs=tuple(self.log.runs()), after=self.stored_seq)
 
     def finish(self, now: datetime, texts: Mapping[int, str] | None = None) -> TurnRecord:
         """Begin the end: return the record with the decided end, ready for the store.
@@ -355,6 +424,7 @@ class Turn:
             texts: The texts of the reply, if the caller has them.
         """
         assert self.end is not None, "a turn finished before its end was decided"
+        assert not isinstance(self.end, outcome.Suspended), "a suspended turn has no end here"
         self.is_ending = True
         self._spent, self._stream = self.usage, None  # the turn may be kept until the store takes its end
         changes = outcome.record_changes(self.end) | {"ended_at": now, "usage": self.usage}
@@ -372,9 +442,19 @@ class Turn:
         self.ended.set()
         self._note_if_over()
 
+    def leave(self) -> None:
+        """Close the log without a terminal event: the last step of a turn that goes on elsewhere."""
+        self.is_ending = self.is_suspended = True
+        self._spent, self._stream = self.usage, None
+        self._record = msgspec.structs.replace(self._record, output=self._reply.items())
+        self.log.leave()
+        self.ended.set()
+        self._note_if_over()
+
     def terminal_event(self, *, stored: bool) -> TerminalEvent:
         """The terminal event: the next event of an open log, or the last event of a closed log."""
         assert self.end is not None
+        assert not isinstance(self.end, outcome.Suspended), "a suspended turn has no terminal event here"
         return outcome.terminal_event(
             self.end,
             seq=self.log.last_seq + (0 if self.log.closed else 1),

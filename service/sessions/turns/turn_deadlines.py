@@ -58,9 +58,9 @@ class TurnDeadlines:
         """Let the mover move the deadline that Trio knows; without one, move it with each token."""
         self._mover = mover
 
-    def start(self, turn_timeout_s: float) -> None:
-        """The turn begins to run, and may take so many seconds."""
-        if self._set(self._run, turn_timeout_s):
+    def start(self, turn_timeout_s: float, *, passed_s: float = 0) -> None:
+        """The turn begins to run, and may take so many seconds, of which some have passed already."""
+        if self._set(self._run, max(turn_timeout_s - passed_s, 0)):
             self._run_s = turn_timeout_s
 
     def expect_token(self, otherwise: TokenTimeout, *, within_s: float) -> None:

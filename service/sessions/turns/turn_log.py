@@ -45,6 +45,19 @@ def log_end(turn: Turn) -> None:
     )
 
 
+def log_adoption(turn: Turn) -> None:
+    """Write the line of a turn that goes on in this process."""
+    record = turn.record_at_first()
+    logger.info(
+        "turn adopted: it goes on here",
+        **_ids(turn),
+        state=turn.state,
+        attempt=record.attempt,
+        on_interrupt=record.on_interrupt,
+        text_length=turn.text_length,
+    )
+
+
 def _ids(turn: Turn) -> dict[str, str | None]:
     ids = {"session_id": turn.session_id, "turn_id": turn.id, "request_id": turn.request_id}
     return {**ids, "upstream": turn.client.name}
@@ -58,7 +71,7 @@ def _tokens(usage: Usage | None) -> dict[str, int]:
     return {} if usage is None else {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
 
 
-def _ending(end: outcome.Outcome | None) -> dict[str, Any]:
+def _ending(end: outcome.Outcome | outcome.Suspended | None) -> dict[str, Any]:
     match end:
         case outcome.Completed(finish_reason):
             return {"code": finish_reason}

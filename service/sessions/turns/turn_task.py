@@ -1,10 +1,12 @@
 """A turn's task: it runs the turn to its end, in the session's task or in a child of it.
 
 Every turn ends with one terminal event, for every cause in the same order: the first cause decides, synchronously; the
-connection to the upstream closes; the end is stored; the terminal event is appended; the streams end.
+connection to the upstream closes; the end is stored; the terminal event is appended; the streams end. A turn that goes
+on elsewhere has no end here: its growth is stored, and the streams end without a terminal event.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
 import structlog
 import trio
@@ -28,22 +30,30 @@ from service.telemetry.refusal_log import causes_of
 logger = structlog.get_logger("lastcall.turn")
 
 
+class Suspend(Protocol):
+    """Suspends a turn whose work has stopped: :meth:`~service.sessions.active.suspensions.Suspensions.suspend`."""
+
+    async def __call__(self, turn: Turn, *, within_s: float) -> None: ...
+
+
 async def run_turn(
     turn: Turn,
     *,
     wait_to_start: Callable[[], Awaitable[None]],
-    default_end: Callable[[], outcome.Outcome],
+    default_end: Callable[[Turn], outcome.Outcome | outcome.Suspended],
+    suspend: Suspend,
     store: Store,
     clock: Clock,
     settings: Settings,
 ) -> None:
     """Run a turn to its end. A failure becomes the turn's terminal event and ends no other turn.
 
-    Returns when the turn has ended. Cancellation from above decides ``default_end()``, and this end is still stored
-    and published, within ``cleanup_timeout_s``.
+    Returns when the turn has ended, or was suspended. Cancellation from above decides ``default_end(turn)``, and this
+    end is still stored and published, within ``cleanup_timeout_s``.
 
     Args:
         wait_to_start: Returns when the turn may start. Branches start at once, others after all earlier turns.
+        suspend: Gives a turn to the store that goes on elsewhere, and closes its log, within so many seconds.
     """
     try:
         with turn.deadlines.at_work() as scope:
@@ -54,14 +64,16 @@ async def run_turn(
     except Exception as error:  # noqa: BLE001  the edge of a turn
         _decide_failed(turn, error, settings)
     finally:
-        turn.decide(default_end())
+        turn.decide(default_end(turn))
         await end_turn(  # noqa: ASYNC102  shielded inside
-            turn, store=store, clock=clock, within_s=settings.cleanup_timeout_s
+            turn, suspend=suspend, store=store, clock=clock, within_s=settings.cleanup_timeout_s
         )
 
 
-async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -> bool:
-    """Store and publish the decided end. Returns False, and does nothing, if another task does so or has done so.
+async def end_turn(turn: Turn, *, suspend: Suspend, store: Store, clock: Clock, within_s: float) -> bool:
+    """Store and publish the decided end, or suspend the turn, as was decided.
+
+    Returns False, and does nothing, if another task does so or has done so.
 
     Args:
         within_s: How long the store may take. An end that is not stored by then is published as not stored.
@@ -69,6 +81,9 @@ async def end_turn(turn: Turn, *, store: Store, clock: Clock, within_s: float) -
     if turn.is_ending:
         return False
     turn.is_ending = True
+    if isinstance(turn.end, outcome.Suspended):
+        await suspend(turn, within_s=within_s)
+        return True
     texts = None
     with trio.CancelScope(deadline=trio.current_time() + within_s, shield=True):
         texts = await in_steps(turn.log.joined_texts())
@@ -111,6 +126,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         path = await _read_path(turn, store, settings)
         older = await _measure_older(path, store)
     turn.is_opening = bool(path) and _is_opening(path)
+    prefix = turn.text_so_far
     prompt = await in_steps(
         prompt_of(
             path,
@@ -118,11 +134,12 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
             bytes_max=settings.prompt_bytes_max_of(turn.model),
             older=older,
             learns=turn.may_leave_out,
+            prefix=prefix,
         )
     )
     _check_whole(turn, prompt)
     turn.deadlines.expect_token("first_token_timeout", within_s=settings.first_token_timeout_s)
-    asked = _Asked(path, prompt)
+    asked = _Asked(path, prompt, prefix)
     del path, prompt  # they may be large, and a reply long
     refusal = await _ask(turn, asked, settings=settings)
     if refusal is None:
@@ -138,11 +155,12 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
             system_message=turn.system_message,
             max_output_tokens=turn.record().max_output_tokens,
             older=older,
+            prefix=prefix,
         )
     )
     if shorter is not None:
         logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)
-        asked = _Asked((), shorter)
+        asked = _Asked((), shorter, prefix)
         del shorter
         refusal = await _ask(turn, asked, settings=settings)
     if refusal is not None:
@@ -206,12 +224,14 @@ async def _measure_older(path: Sequence[TurnRecord], store: Store) -> LeftOut:
 
 
 class _Asked:
-    """A prompt, and the turns of which it was made, until the model has begun its output."""
+    """A prompt, the turns of which it was made, and the text after which the model goes on, until the model has begun
+    its output."""
 
-    __slots__ = ("path", "prompt")
+    __slots__ = ("path", "prefix", "prompt")
 
-    def __init__(self, path: Sequence[TurnRecord], prompt: Prompt) -> None:
+    def __init__(self, path: Sequence[TurnRecord], prompt: Prompt, prefix: str) -> None:
         self.path = path
+        self.prefix = prefix
         self.prompt: Prompt | None = prompt
 
     def drop(self) -> None:
@@ -263,6 +283,7 @@ def _request(turn: Turn, asked: _Asked) -> ModelRequest:
         max_output_tokens=record.max_output_tokens,
         tools=record.tools or NO_TOOLS,
         options=record.options,
+        prefix=asked.prefix,
     )
 
 

@@ -1,4 +1,5 @@
-"""The recovery loop: retries refused writes, finishes deletions, ends the turns of processes that have died.
+"""The recovery loop: retries refused writes, finishes deletions, ends the turns of processes that have died, and adopts
+the turns that no process runs.
 
 Nothing waits for this loop.
 """
@@ -42,5 +43,9 @@ async def recover_once(sessions: Sessions, *, shared: bool) -> None:
         recovered = await sessions.recover()
         if recovered:
             logger.info("turns of a process that died ended as interrupted", turns=recovered)
+    try:
+        await sessions.adopt_waiting()
+    except StoreError as error:
+        refusal = error
     if refusal is not None:
         raise refusal

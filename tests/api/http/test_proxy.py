@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from quart_trio.testing import connections
 from quart_trio.wrappers import TrioResponse
 from trio.testing import wait_all_tasks_blocked
 
@@ -38,10 +40,11 @@ from service.cluster.peer_tls import TlsStream
 from service.cluster.peer_transport import PeerStream, PeerTransport
 from service.errors import OwnedElsewhereError, PeerUntrustedError, StoreError, TurnNotFoundError
 from service.hosting.peer_listener import client_returns
+from service.models.scripted import Script, ScriptedClient
 from service.sessions.events.events import Event
 from service.sessions.events.replay import Replay
 from service.stop_state import Phase
-from service.storage.records import SEQ_AFTER_CRASH, EndResult
+from service.storage.records import SEQ_AFTER_CRASH, EndResult, TurnRecord
 from service.storage.sqlite import SqliteStore, open_sqlite_store
 from tests.api.counting_face import CountingFace
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
@@ -130,7 +133,12 @@ class Owner:
 
 @asynccontextmanager
 async def open_owner(
-    folder: Path, *, backlog: int = 10, peers: PeerTransport | None = None, **settings: Any
+    folder: Path,
+    *,
+    backlog: int = 10,
+    peers: PeerTransport | None = None,
+    turn: TurnRecord | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Api, Owner]]:
     """An application, and the owner of a turn on the same file."""
     path = folder / "lastcall.db"
@@ -152,7 +160,7 @@ async def open_owner(
             ) as api,
         ):
             await store.create_session(a_session("s", idle_timeout_s=3600), now=T0)
-            await store.begin_turn(a_turn(TURN, "s"), now=T0)
+            await store.begin_turn(turn or a_turn(TURN, "s"), now=T0)
             owner = Owner(store, listener, address, certificates)
             yield api, owner
             for accepted in owner.accepted:
@@ -253,6 +261,47 @@ async def test_whole_events_and_comments_are_passed_on_at_once_and_a_dead_owners
         assert terminal.startswith(b'id: 1073741824\ndata: {"type":"turn.interrupted"')
         assert terminal.count(b"id: ") == 1
         assert await client.receive() == b"", "the end of the body"
+
+
+async def test_a_stream_goes_on_here_with_the_turn_of_a_dead_owner(tmp_path: Path) -> None:
+    turn = msgspec.structs.replace(a_turn(TURN, "s"), started_at=datetime.now(UTC), on_interrupt="retry")
+    async with open_owner(tmp_path, turn=turn) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1) + frame(2)))
+        assert await client.receive() == (frame(1) + frame(2)).encode()
+        await owner.die(stream)
+        rest = b""
+        while piece := await client.receive():
+            rest += piece
+    reply = Reply(200, {}, rest)
+    assert [event["type"] for event in reply.events] == ["turn.resumed", *["turn.delta"] * 3, "turn.completed"]
+    resumed = {"type": "turn.resumed", "seq": 2 * SEQ_AFTER_CRASH + 1, "attempt": 2, "mode": "retry", "text_length": 0}
+    assert reply.events[0] == resumed
+    assert api.service.sessions.statistics().streams_open == 0
+
+
+async def test_the_client_of_a_stream_that_goes_on_here_is_the_turns_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn lives as long as this client, and is cancelled when the client leaves."""
+    turn = msgspec.structs.replace(a_turn(TURN, "s"), started_at=datetime.now(UTC), on_interrupt="retry")
+    async with open_owner(tmp_path, turn=turn) as (api, owner):
+        slow = ScriptedClient(Script(tokens=1000, rate=100, first_token_s=0))
+        monkeypatch.setattr(api.service.sessions._acceptance, "_client_for", lambda _: slow)
+        async with api.open("GET", EVENTS, headers=SSE) as client:
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await stream.send_all(HEAD + chunk(frame(1)))
+            assert await client.receive() == frame(1).encode()
+            await owner.die(stream)
+            while b"turn.delta" not in await client.receive():
+                pass
+            [adopted] = api.service.sessions.open_turns()
+            assert isinstance(client, connections.TestHTTPConnection)
+            await leave(client)
+            record = await adopted.wait_ended()
+    assert (record.state, record.reason) == ("cancelled", "disconnected")
 
 
 @given(st.lists(st.sampled_from(["retry: 1000\n", ": heartbeat\n", frame(1), frame(12)])), st.booleans(), st.data())

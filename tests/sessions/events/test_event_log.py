@@ -2,6 +2,8 @@
 
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -25,12 +27,14 @@ from service.sessions.events.events import (
     TurnInterrupted,
     TurnQueued,
     TurnReasoning,
+    TurnResumed,
     TurnStarted,
 )
-from service.sessions.events.kept_events import runs_of
-from service.storage.pieces import texts_by_item
+from service.sessions.events.kept_events import opening_of, runs_of
+from service.storage.pieces import join, texts_by_item
 from service.storage.records import Failure
 from tests.sessions.puppet import frames_of
+from tests.storage.rows import a_turn
 
 MIB = 1024 * 1024
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)  # lone surrogates never reach an event
@@ -186,6 +190,71 @@ def test_a_log_tells_the_events_and_the_texts_that_were_appended(
         alike = all_events[cursor : cursor + log.alike_after(cursor)]
         assert all(isinstance(event, Piece) for event in alike)
         assert len({event.item for event in alike if isinstance(event, Piece)}) <= 1
+
+
+@given(
+    st.lists(
+        st.one_of(st.integers(1, 150), st.integers(-(2**31), -1), st.sampled_from([TurnDelta, TurnReasoning])),
+        max_size=6,
+    ),
+    st.data(),
+)
+def test_a_log_with_gaps_is_read_from_any_seq_live_and_restored(parts: list[Any], data: st.DataObject) -> None:
+    """A number of pieces, a gap before a resumption, or the kind of the pieces that follow."""
+    live, kind = EventLog(bytes_max=MIB), TurnDelta
+    assert live.append(TurnStarted(seq=1, session_id="s", turn_id="t", model="m"))
+    for part in parts:
+        if not isinstance(part, int):
+            kind = part
+        elif part < 0:
+            seq = live.last_seq - part
+            assert live.append(TurnResumed(seq=seq, attempt=2, mode="continue", text_length=0))
+        else:
+            for number in range(part):
+                item = 0 if kind is TurnDelta else 1
+                assert live.append(kind(seq=live.last_seq + 1, item=item, text=f"{number} "))
+    told = list(live.events())
+    restored = EventLog(bytes_max=MIB)
+    turn = msgspec.structs.replace(a_turn("t", "s"), model="m")
+    restored.restore(
+        live.runs(),
+        live.text(),
+        event_of=partial(opening_of, turn),
+        kind_of=lambda item: (TurnDelta, TurnReasoning)[item],
+    )
+    assert restored.size == live.size
+    edges = [
+        seq for event in told if isinstance(event, TurnResumed) for seq in (event.seq - 2, event.seq - 1, event.seq)
+    ]
+    drawn = data.draw(st.lists(st.sampled_from([0, *(event.seq for event in told)]), max_size=4))
+    cursors = [0, *edges, *drawn]
+    for log in (live, restored):
+        assert log.last_seq == live.last_seq
+        assert list(log.events()) == told
+        for after in cursors:
+            rest = [event for event in told if event.seq > after]
+            assert list(log.events(after=after)) == rest
+            assert log.runs(after=after) == join(runs_of(rest))
+            assert log.text(after=after) == "".join(event.text for event in rest if isinstance(event, Piece))
+            alike = rest[: log.alike_after(after)]
+            assert len({type(event) for event in alike}) <= 1
+            assert all(isinstance(event, Piece) for event in alike)
+
+
+def test_only_a_resumption_may_follow_a_gap() -> None:
+    log = _filled(1)
+    with pytest.raises(AssertionError, match="wrong seq"):
+        log.append(TurnDelta(seq=3, text="x"))
+
+
+async def test_a_log_that_is_left_ends_for_all_who_wait_without_a_terminal_event(autojump_clock: MockClock) -> None:
+    log = _filled(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(log.wait_beyond, 1)
+        nursery.start_soon(log.wait_closed)
+        await wait_all_tasks_blocked()
+        log.leave()
+    assert (log.closed, log.is_moved, log.last_seq) == (True, True, 1)
 
 
 def test_a_read_past_the_end_is_empty_and_moves_nothing() -> None:

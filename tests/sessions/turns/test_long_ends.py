@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from service.models.client import TextDelta
+from service.sessions.active.suspensions import Suspensions
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_task import end_turn
@@ -35,7 +36,13 @@ async def test_the_end_of_a_reply_in_pieces_of_one_byte_does_not_hold_the_event_
             turn.decide(outcome.Completed("stop"))
 
             async def end(turn: Turn = turn) -> None:
-                assert await end_turn(turn, store=store, clock=lambda: T0, within_s=60)
+                assert await end_turn(
+                    turn,
+                    suspend=Suspensions(store, clock=lambda: T0).suspend,
+                    store=store,
+                    clock=lambda: T0,
+                    within_s=60,
+                )
 
             with watching_steps() as watched:
                 async with trio.open_nursery() as nursery:

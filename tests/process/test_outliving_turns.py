@@ -1,0 +1,216 @@
+"""Turns that outlive their process, with real signals: a restart, a reload, and the death of one of two workers.
+
+The model is a script that replies the same to every prompt, so that the text which a client has in the end can be
+compared with that of a run without a stop.
+"""
+
+import json
+import os
+import signal
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+from tests.process.clients import new_session, open_client, owner_of, start
+from tests.process.lastcall import (
+    CONFIGURED_2,
+    SERVE,
+    SSE,
+    assert_clean,
+    assert_log_is_clean,
+    open_lastcall,
+    reports,
+    wait_gone,
+)
+
+pytestmark = pytest.mark.parallel
+
+TOKENS = 60
+SHORT = f"scripted:?tokens={TOKENS}&rate=10&first_token_s=0"
+LONG = "scripted:?tokens=5000&rate=10&first_token_s=0"
+"""Longer than any test takes: its turns are cancelled."""
+
+
+def whole(tokens: int = 5000) -> str:
+    """The text of an uninterrupted run."""
+    return "".join(f"{number} " for number in range(tokens))
+
+
+STREAMS = 50
+TERMINAL = ("turn.completed", "turn.failed", "turn.cancelled", "turn.interrupted")
+
+
+class Resuming:
+    """A client that follows a turn to its terminal event, wherever it goes on.
+
+    Args:
+        asks: The body of a chat that starts the turn.
+
+    Attributes:
+        text: The text that the client shows.
+        ends: The terminal events that it was told.
+        modes: How its turn went on, each time.
+        refusals: The statuses of the answers that were no streams.
+    """
+
+    def __init__(self, path: str = "", *, asks: dict[str, Any] | None = None) -> None:
+        self.text = ""
+        self.ends: list[dict[str, Any]] = []
+        self.modes: list[str] = []
+        self.refusals: list[int] = []
+        self.seqs: list[int] = [0]
+        self.begun = trio.Event()
+        self.grown = trio.Event()
+        """Set once the turn has gone on somewhere else, and has said more."""
+        self.path = path
+        self._asks = asks
+
+    async def follow(self, client: httpx.AsyncClient, *, again: bool = True) -> None:
+        """Follow the turn to its end; without ``again`` only as far as one stream goes."""
+        while not self.ends:
+            try:
+                async with self._open(client) as response:
+                    self.path = response.headers.get("location", self.path)
+                    if response.status_code != 200:
+                        self.refusals.append(response.status_code)
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: ") and response.status_code == 200:
+                            self._take(json.loads(line.removeprefix("data: ")))
+            except httpx.TransportError:
+                pass  # its process died, or has closed its listener
+            if not again:
+                return
+            await trio.sleep(0.05)
+
+    def _open(self, client: httpx.AsyncClient) -> AbstractAsyncContextManager[httpx.Response]:
+        if not self.path:
+            return client.stream("POST", "/chat", headers=SSE, json=self._asks)
+        headers = SSE | {"Last-Event-ID": str(self.seqs[-1])}
+        return client.stream("GET", f"{self.path}/events", headers=headers)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        assert event["seq"] > self.seqs[-1]
+        self.seqs.append(event["seq"])
+        match event["type"]:
+            case "turn.delta":
+                self.text += event["text"]
+                self.begun.set()
+                if self.modes:
+                    self.grown.set()
+            case "turn.resumed":
+                self.text = self.text[: event["text_length"]]
+                self.modes.append(event["mode"])
+            case kind if kind in TERMINAL:
+                self.ends.append(event)
+
+
+async def test_over_a_restart_a_turn_goes_on_as_it_was_asked_to(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "store_url": f"sqlite:{tmp_path}/lastcall.db",
+        "model_url": SHORT,
+        "drain_timeout_s": 0.2,
+    }
+    clients: dict[str, Resuming] = {}
+    async with (
+        open_lastcall(SERVE, tmp_path, **settings) as server,
+        open_client(server) as [client],
+        trio.open_nursery() as nursery,
+    ):
+        for on_interrupt in ("continue", "retry", "fail"):
+            session = await new_session(client, on_interrupt)
+            path = await start(client, session, on_interrupt=on_interrupt)
+            clients[on_interrupt] = Resuming(path)
+            nursery.start_soon(partial(clients[on_interrupt].follow, client, again=False))
+        for it in clients.values():
+            await it.begun.wait()
+        server.signal_main(signal.SIGTERM)
+        gone = await wait_gone(server)
+    assert_clean(SERVE, server, gone)
+    [report] = reports(server)
+    assert (report["turns_suspended"], report["turns_interrupted"]) == (2, 1)
+    assert [len(it.ends) for it in clients.values()] == [0, 0, 1]
+    assert whole(TOKENS).startswith(clients["continue"].text)
+    failed = clients["fail"].text
+    next_start = tmp_path / "next"
+    next_start.mkdir()
+    async with (
+        open_lastcall(SERVE, next_start, **settings) as server,
+        open_client(server) as [client],
+        trio.open_nursery() as nursery,
+    ):
+        for it in clients.values():
+            nursery.start_soon(it.follow, client)
+    assert [it.text for it in clients.values()] == [whole(TOKENS), whole(TOKENS), failed]
+    assert [it.modes for it in clients.values()] == [["continue"], ["retry"], []]
+    assert [[end["type"] for end in it.ends] for it in clients.values()] == [
+        ["turn.completed"],
+        ["turn.completed"],
+        ["turn.interrupted"],
+    ]
+    for name in ("continue", "retry"):
+        assert clients[name].seqs == list(range(len(clients[name].seqs))), "an orderly stop leaves no gap"
+
+
+async def test_the_turns_of_a_killed_worker_go_on_in_the_other_one(tmp_path: Path) -> None:
+    """Streams that the other worker passed on go on there, and the clients of the dead worker come back to it."""
+    async with (
+        open_lastcall(CONFIGURED_2, tmp_path, model_url=LONG, checkpoint_interval_s=0.2) as server,
+        open_client(server) as [client],
+    ):
+        session = await new_session(client, "s")
+        path = await start(client, session, on_interrupt="continue")
+        clients = [Resuming(path) for _ in range(8)]
+        async with trio.open_nursery() as nursery:
+            for it in clients:
+                nursery.start_soon(it.follow, client)
+            for it in clients:
+                await it.begun.wait()
+            os.kill(owner_of(tmp_path / "lastcall.db", session), signal.SIGKILL)
+            for it in clients:
+                await it.grown.wait()
+            cancelled = (await client.post(f"{path}/cancel")).json()
+    assert {it.text for it in clients} == {cancelled["text"]}
+    assert whole().startswith(cancelled["text"])
+    assert [[end["type"] for end in it.ends] for it in clients] == [["turn.cancelled"]] * 8
+    assert all(set(it.refusals) <= {503} for it in clients)
+    assert (cancelled["attempt"], cancelled["reason"]) == (2, "requested")
+
+
+async def test_a_reload_under_streams_shows_in_no_text(tmp_path: Path) -> None:
+    async with (
+        open_lastcall(CONFIGURED_2, tmp_path, model_url=LONG, drain_timeout_s=0.2) as server,
+        open_client(server) as [client],
+    ):
+        clients = [
+            Resuming(asks={"message": "go", "session_id": f"s{number}", "on_interrupt": "continue"})
+            for number in range(STREAMS)
+        ]
+        async with trio.open_nursery() as nursery:
+            for it in clients:
+                nursery.start_soon(it.follow, client)
+            for it in clients:
+                await it.begun.wait()
+            server.signal_main(signal.SIGHUP)
+            await server.wait_logged("reloaded: 2 new workers serve")
+            for it in clients:
+                await it.grown.wait()
+            await server.wait_logged('"shutdown report"', times=2)
+            cancelled = [(await client.post(f"{it.path}/cancel")).json()["text"] for it in clients]
+        server.signal_main(signal.SIGTERM)
+        await wait_gone(server)
+    assert_log_is_clean(server)
+    assert [it.text for it in clients] == cancelled
+    for it in clients:
+        assert whole().startswith(it.text)
+        assert set(it.modes) == {"continue"}
+        assert it.seqs == list(range(len(it.seqs))), "an orderly stop leaves no gap"
+        assert [(end["type"], end["text_length"]) for end in it.ends] == [("turn.cancelled", len(it.text))]
+        assert set(it.refusals) <= {503}
+    # The first worker of two that leave may leave a turn to the other one.
+    assert sum(report["turns_suspended"] for report in reports(server)) == sum(len(it.modes) for it in clients)
+    assert sum(report["turns_interrupted"] for report in reports(server)) == 0

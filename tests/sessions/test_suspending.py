@@ -1,0 +1,726 @@
+"""Turns that outlive their process: suspended in a stop, and adopted by another process, or after the next start.
+
+Both processes are stages here, on one memory store.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+import trio
+from structlog.testing import capture_logs
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from service.errors import (
+    InvalidRequestError,
+    SessionNotFoundError,
+    ShuttingDownError,
+    StoreError,
+    TurnLimitError,
+    TurnMovedError,
+)
+from service.models.client import ModelClient, Usage
+from service.sessions.commands import NewSession, NewTurn, OnConflict
+from service.sessions.events.events import (
+    Event,
+    TurnCancelled,
+    TurnCompleted,
+    TurnDelta,
+    TurnFailed,
+    TurnInterrupted,
+    TurnReasoning,
+    TurnResumed,
+)
+from service.sessions.sessions import SUSPENDED_S
+from service.sessions.turns.turn import RETURN_S, Turn
+from service.stop_state import Phase
+from service.storage.memory import MemoryStore
+from service.storage.records import AdoptedTurn, SessionRecord, SuspendedTurn
+from service.storage.rules import ATTEMPTS_MAX
+from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
+
+T = TypeVar("T")
+
+CONTINUES = NewTurn(text="Hi", on_interrupt="continue", on_disconnect="continue")
+RETRIES = NewTurn(text="Hi", on_interrupt="retry", on_disconnect="continue")
+
+
+async def suspend(stage: Stage) -> None:
+    """Stop a stage: its turns are interrupted or suspended."""
+    stage.stop.enter(Phase.INTERRUPTING)
+    stage.sessions.drain.interrupt_all()
+    with trio.fail_after(1000):
+        await stage.sessions.drain.wait_idle()
+
+
+@asynccontextmanager
+async def open_next(store: MemoryStore, **settings: object) -> AsyncIterator[Stage]:
+    """The next process, whose model can continue."""
+    async with open_stage(store, **settings) as stage:
+        stage.puppet.continues = True
+        yield stage
+
+
+async def begun(stage: Stage, new: NewTurn, *said: str) -> tuple[Turn, Reply]:
+    """A turn of session ``s`` that has said something."""
+    turn, watch = await stage.sessions.start_turn("s", new)
+    reply = await stage.puppet.next_reply()
+    reply.say(*said)
+    await wait_all_tasks_blocked()
+    watch.release()
+    return turn, reply
+
+
+async def suspended(store: MemoryStore, new: NewTurn = CONTINUES, *said: str, usage: Usage | None = None) -> str:
+    """The id of a turn of session ``s`` that was suspended after it had said something."""
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, new, *(said or ("Hel", "lo")))
+        reply.usage = usage
+        await suspend(stage)
+        assert turn.is_suspended
+        return turn.id
+
+
+async def events_of(stage: Stage, turn_id: str, *, after: int = 0) -> list[Event]:
+    """The events after a seq, to the end of the turn."""
+    log, watch = await stage.sessions.open_events("s", turn_id, after=after)
+    with watch:
+        return await read_all(log, after=after)
+
+
+def text_told(events: Sequence[Event], before: str = "") -> str:
+    """The text that a client has in the end, which cuts its text as ``turn.resumed`` says."""
+    text = before
+    for event in events:
+        if isinstance(event, TurnDelta):
+            text += event.text
+        elif isinstance(event, TurnResumed):
+            text = text[: event.text_length]
+    return text
+
+
+def seqs(events: Sequence[Event]) -> list[int]:
+    return [event.seq for event in events]
+
+
+async def test_a_stop_suspends_a_turn_that_continues_and_closes_its_model_and_its_log_without_an_end(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, CONTINUES, "Hel", "lo")
+        with capture_logs() as lines:
+            await suspend(stage)
+        assert reply.closed.is_set()
+        assert turn.log.closed
+        assert turn.log.is_moved
+        assert kinds(list(turn.log.events())) == ["turn.started", "turn.delta", "turn.delta"]
+        kept = await stage.sessions.get_turn("s", turn.id)
+        assert (kept.state, kept.text, kept.attempt) == ("running", "Hello", 1)
+    assert stage.sessions.statistics().turns_suspended == 1
+    assert [line["turns"] for line in lines if "suspended" in line["event"]] == [1]
+    assert not [line for line in lines if line["event"] == "turn ended"]
+
+
+async def test_a_turn_that_fails_is_interrupted_by_a_stop_as_ever(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, _ = await begun(stage, NewTurn(text="Hi", on_disconnect="continue"), "Hello")
+        await suspend(stage)
+    assert (turn.state, turn.is_suspended, turn.stored) == ("interrupted", False, True)
+
+
+async def test_a_resumed_stream_goes_on_without_loss_or_repetition_and_the_model_gets_the_text_so_far(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        async with trio.open_nursery() as nursery:
+            told: list[Event] = []
+
+            async def read() -> None:
+                told.extend(await events_of(other, turn_id, after=2))
+
+            nursery.start_soon(read)
+            reply = await other.puppet.next_reply()
+            assert reply.request.prefix == "Hello"
+            reply.say(" there")
+            reply.finish()
+        assert kinds(told) == ["turn.delta", "turn.resumed", "turn.delta", "turn.completed"]
+        assert seqs(told) == [3, 4, 5, 6]
+        assert told[1] == TurnResumed(seq=4, attempt=2, mode="continue", text_length=5)
+        assert text_told(told, "Hel") == "Hello there"
+        record = await other.sessions.get_turn("s", turn_id)
+        assert (record.state, record.text, record.attempt, len(record.output)) == ("completed", "Hello there", 2, 1)
+        assert text_told(await events_of(other, turn_id)) == "Hello there"
+
+
+async def test_a_retry_drops_what_was_said_and_a_cursor_from_before_meets_the_resumption(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store, RETRIES)
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", turn_id, after=3)
+        reply = await other.puppet.next_reply()
+        assert reply.request.prefix == ""
+        reply.say("Bye")
+        reply.finish()
+        told = await read_all(log, after=3)
+        watch.release()
+        assert told[0] == TurnResumed(seq=4, attempt=2, mode="retry", text_length=0)
+        assert text_told(told, "Hello") == "Bye"
+        whole = await read_all(log)
+        assert kinds(whole) == ["turn.started", "turn.resumed", "turn.delta", "turn.completed"]
+        assert seqs(whole) == [1, 4, 5, 6]
+        assert [kinds(await read_all(log, after=seen))[0] for seen in (1, 2, 3)] == ["turn.resumed"] * 3
+        assert (await other.sessions.get_turn("s", turn_id)).text == "Bye"
+        for seen in range(7):  # from the store
+            assert await events_of(other, turn_id, after=seen) == [event for event in whole if event.seq > seen]
+
+
+async def test_a_model_that_cannot_continue_replies_anew(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        other.puppet.continues = False
+        log, watch = await other.sessions.open_events("s", turn_id, after=3)
+        reply = await other.puppet.next_reply()
+        reply.say("Bye")
+        reply.finish()
+        told = await read_all(log, after=3)
+        watch.release()
+    assert told[0] == TurnResumed(seq=4, attempt=2, mode="retry", text_length=0)
+    assert text_told(told) == "Bye"
+
+
+async def test_a_reply_that_ended_in_reasoning_or_in_a_call_is_not_continued(autojump_clock: MockClock) -> None:
+    for think in (True, False):
+        store = MemoryStore()
+        async with open_stage(store) as stage:
+            await stage.sessions.create_session(NewSession(id="s"))
+            turn, reply = await begun(stage, CONTINUES, "Hel")
+            reply.think("Hm.") if think else reply.call("call_1", '{"a"')
+            await wait_all_tasks_blocked()
+            await suspend(stage)
+        async with open_next(store) as other:
+            log, watch = await other.sessions.open_events("s", turn.id)
+            reply = await other.puppet.next_reply()
+            assert reply.request.prefix == ""
+            reply.say("Bye")
+            reply.finish()
+            told = await read_all(log)
+            watch.release()
+            assert kinds(told) == ["turn.started", "turn.resumed", "turn.delta", "turn.completed"]
+            record = await other.sessions.get_turn("s", turn.id)
+            assert [item.type for item in record.output] == ["message"]
+
+
+async def test_reasoning_before_the_text_stays_and_new_reasoning_is_an_item_of_its_own(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, watch = await stage.sessions.start_turn("s", CONTINUES)
+        reply = await stage.puppet.next_reply()
+        reply.think("Hm.")
+        reply.say("Hel")
+        await wait_all_tasks_blocked()
+        watch.release()
+        await suspend(stage)
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", turn.id)
+        reply = await other.puppet.next_reply()
+        reply.think("So.")
+        reply.say("lo")
+        reply.finish()
+        told = await read_all(log)
+        watch.release()
+        record = await other.sessions.get_turn("s", turn.id)
+        assert [(item.type, item.text) for item in record.output] == [
+            ("reasoning", "Hm."),
+            ("message", "Hello"),
+            ("reasoning", "So."),
+        ]
+        assert [event.text for event in told if isinstance(event, TurnReasoning)] == ["Hm.", "So."]
+        assert await events_of(other, turn.id) == told
+
+
+async def test_a_turn_that_may_leave_nothing_out_and_give_no_title_may_not_in_another_process_either(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    new = msgspec.structs.replace(CONTINUES, may_leave_out=False, may_title=False)
+    turn_id = await suspended(store, new)
+    async with open_next(store) as other:
+        other.clock.advance(SUSPENDED_S)
+        await other.sessions.adopt_waiting()
+        [turn] = other.sessions.open_turns()
+        assert (turn.id, turn.may_leave_out, turn.may_title) == (turn_id, False, False)
+        (await other.puppet.next_reply()).finish()
+        await turn.wait_ended()
+
+
+async def test_usage_is_the_sum_of_all_attempts(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store, CONTINUES, "Hel", usage=Usage(input_tokens=10, output_tokens=1))
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", turn_id)
+        (await other.puppet.next_reply()).finish()
+        told = await read_all(log)
+        watch.release()
+        end = told[-1]
+        assert isinstance(end, TurnCompleted)
+        assert end.usage == Usage(input_tokens=11, output_tokens=3)
+        assert (await other.sessions.get_session("s")).input_tokens == 11
+
+
+async def test_the_deadline_counts_from_the_first_start_and_the_wait_with_it(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store, turn_timeout_s=600) as other:
+        other.clock.advance(590)
+        log, watch = await other.sessions.open_events("s", turn_id)
+        at = trio.current_time()
+        end = (await read_all(log))[-1]
+        watch.release()
+        assert isinstance(end, TurnFailed)
+        assert end.error.code == "turn_timeout"
+        assert trio.current_time() - at == pytest.approx(10)
+
+
+async def test_a_turn_that_waited_beyond_its_deadline_ends_without_a_model(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store, turn_timeout_s=600) as other:
+        other.clock.advance(601)
+        log, watch = await other.sessions.open_events("s", turn_id)
+        end = (await read_all(log))[-1]
+        watch.release()
+        assert isinstance(end, TurnFailed)
+        assert other.puppet.asked == []
+
+
+async def test_the_last_attempt_is_interrupted_by_a_stop(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    for attempt in range(2, ATTEMPTS_MAX + 1):
+        async with open_next(store) as stage:
+            stage.clock.advance((attempt - 2) * SUSPENDED_S)
+            await stage.sessions.adopt_waiting()
+            assert stage.sessions.open_turns() == []  # its client has a second to come back
+            stage.clock.advance(SUSPENDED_S)
+            await stage.sessions.adopt_waiting()
+            [turn] = stage.sessions.open_turns()
+            assert turn.record().attempt == attempt
+            await stage.puppet.next_reply()
+            await suspend(stage)
+            assert turn.is_suspended == (attempt < ATTEMPTS_MAX)
+    async with open_stage(store) as stage:
+        end = (await events_of(stage, turn_id))[-1]
+        assert isinstance(end, TurnInterrupted)
+        assert end.reason == "shutdown"
+        assert (await stage.sessions.get_turn("s", turn_id)).text == "Hello"
+
+
+async def test_the_sweeper_adopts_no_more_turns_than_may_live(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        for number in range(3):
+            await stage.sessions.create_session(NewSession(id=f"s{number}"))
+            await stage.sessions.start_turn(f"s{number}", CONTINUES)
+        await suspend(stage)
+    async with open_next(store, live_turns_max=2) as other:
+        other.clock.advance(SUSPENDED_S)
+        await other.sessions.adopt_waiting()
+        assert len(other.sessions.open_turns()) == 2
+
+
+async def test_a_turn_whose_client_does_not_come_back_is_cancelled_if_it_is_to_be(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    new = NewTurn(text="Hi", on_interrupt="continue")
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, watch = await stage.sessions.start_turn("s", new)
+        await stage.puppet.next_reply()
+        await suspend(stage)
+        watch.release()
+    async with open_next(store) as other:
+        other.clock.advance(SUSPENDED_S)
+        await other.sessions.adopt_waiting()
+        at = trio.current_time()
+        [adopted] = other.sessions.open_turns()
+        record = await adopted.wait_ended()
+        assert (record.id, record.state, record.reason) == (turn.id, "cancelled", "disconnected")
+        assert trio.current_time() - at == pytest.approx(RETURN_S)
+
+
+async def test_a_turn_whose_client_comes_back_runs_on_with_it(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(
+        store, NewTurn(text="Hi", on_interrupt="continue", on_disconnect="cancel", background=True)
+    )
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", turn_id)
+        await trio.sleep(2 * RETURN_S)
+        reply = await other.puppet.next_reply()
+        reply.finish()
+        assert isinstance((await read_all(log))[-1], TurnCompleted)
+        watch.release()
+
+
+async def test_callers_that_wait_for_a_suspended_turn_are_sent_to_it(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage, trio.open_nursery() as nursery:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, _ = await begun(stage, CONTINUES, "Hello")
+        refused = []
+
+        async def wait(call: Any) -> None:
+            try:
+                await call()
+            except TurnMovedError as error:
+                refused.append(error.turn_id)
+
+        nursery.start_soon(wait, turn.wait_ended)
+        looked = []
+
+        async def look() -> None:
+            looked.append(await stage.sessions.wait_turn("s", turn.id))
+
+        nursery.start_soon(look)
+        await wait_all_tasks_blocked()
+        await suspend(stage)
+        await wait_all_tasks_blocked()
+        assert refused == [turn.id]
+        assert [(record.state, record.text) for record in looked] == [("running", "Hello")]
+        for call in (stage.sessions.open_events, stage.sessions.cancel_turn, stage.sessions.wait_turn):
+            with pytest.raises(ShuttingDownError):  # a process that stops adopts nothing
+                await call("s", turn.id)
+
+
+async def test_a_cancel_of_a_suspended_turn_adopts_it_and_ends_it_once(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        record = await other.sessions.cancel_turn("s", turn_id)
+        assert (record.state, record.reason, record.text) == ("cancelled", "requested", "Hello")
+        assert other.puppet.asked == []
+        told = await events_of(other, turn_id)
+        assert [type(event) for event in told[-2:]] == [TurnResumed, TurnCancelled]
+
+
+async def test_a_call_that_waits_for_a_suspended_turn_adopts_it(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(other.sessions.wait_turn, "s", turn_id))
+        reply = await other.puppet.next_reply()
+        reply.finish()
+
+
+async def test_a_new_turn_adopts_the_suspended_one_and_meets_it_as_the_conflict_says(autojump_clock: MockClock) -> None:
+    conflicts: tuple[OnConflict, ...] = ("queue", "supersede")
+    for on_conflict in conflicts:
+        store = MemoryStore()
+        turn_id = await suspended(store)
+        async with open_next(store) as other:
+            new = NewTurn(text="And?", on_conflict=on_conflict, on_disconnect="continue")
+            turn, watch = await other.sessions.start_turn("s", new)
+            watch.release()
+            reply = await other.puppet.next_reply()
+            if on_conflict == "queue":
+                assert turn.state == "queued"
+                reply.finish()
+                reply = await other.puppet.next_reply()
+            reply.finish()
+            assert (await turn.wait_ended()).state == "completed"
+            first = await other.sessions.get_turn("s", turn_id)
+            assert first.state == ("completed" if on_conflict == "queue" else "cancelled")
+            assert turn.record().parent == turn_id
+
+
+async def test_queued_turns_are_suspended_with_the_one_before_them_and_keep_their_order(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        first, _ = await begun(stage, CONTINUES, "One")
+        queued = NewTurn(text="Two", on_interrupt="retry", on_conflict="queue", background=True)
+        second, watch = await stage.sessions.start_turn("s", queued)
+        watch.release()
+        fails, watch = await stage.sessions.start_turn("s", NewTurn(text="Three", on_conflict="queue", background=True))
+        watch.release()
+        await suspend(stage)
+        assert (first.is_suspended, second.is_suspended, fails.state) == (True, True, "interrupted")
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", second.id)
+        assert [turn.id for turn in other.sessions.open_turns()] == [first.id, second.id]
+        reply = await other.puppet.next_reply()
+        assert reply.request.prefix == "One"
+        reply.finish()
+        reply = await other.puppet.next_reply()
+        reply.say("Two")
+        reply.finish()
+        told = await read_all(log)
+        watch.release()
+        assert kinds(told) == ["turn.queued", "turn.started", "turn.delta", "turn.completed"]
+        assert (await other.sessions.get_turn("s", second.id)).attempt == 1
+
+
+async def test_queued_turns_that_are_suspended_have_the_drain_too(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        _, reply = await begun(stage, CONTINUES, "One")
+        queued = NewTurn(text="Two", on_interrupt="retry", on_conflict="queue", background=True)
+        second, watch = await stage.sessions.start_turn("s", queued)
+        watch.release()
+        stage.stop.enter(Phase.DRAINING)
+        assert stage.sessions.drain.interrupt_queued() == 0
+        reply.finish()
+        (await stage.puppet.next_reply()).finish()
+        assert (await second.wait_ended()).state == "completed"
+
+
+async def test_a_session_with_a_suspended_turn_is_deleted_without_an_adoption(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        await other.sessions.delete_session("s")
+        with pytest.raises(SessionNotFoundError):
+            await other.sessions.open_events("s", turn_id)
+        other.clock.advance(SUSPENDED_S)
+        await other.sessions.adopt_waiting()
+        assert other.puppet.asked == []
+
+
+async def test_a_session_with_a_suspended_turn_does_not_expire(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store, turn_timeout_s=10**6) as other:
+        other.clock.advance(10**5)
+        assert await store.delete_expired(now=other.clock(), limit=10) == 0
+        await other.sessions.adopt_waiting()
+        assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
+
+
+async def test_no_adoption_beyond_the_bound_of_live_turns(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store, live_turns_max=1) as other:
+        await other.sessions.create_session(NewSession(id="t"))
+        await other.sessions.start_turn("t", NewTurn(text="Hi"))
+        with pytest.raises(TurnLimitError):
+            await other.sessions.open_events("s", turn_id)
+
+
+# Where something is in the way
+
+
+class Trouble(MemoryStore):
+    """Hangs or refuses, before or after its work, at one method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = ""
+        self.is_done_first = False
+        self.refuses = False
+        self.reached = trio.Event()
+        self.goes_on = trio.Event()
+
+    async def _meet(self, method: str, work: Callable[[], Awaitable[T]]) -> T:
+        if method != self.at:
+            return await work()
+        result = await work() if self.is_done_first else None
+        self.reached.set()
+        if self.refuses:
+            raise StoreError("The store refuses.")
+        await self.goes_on.wait()
+        return await work() if result is None else result
+
+    async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        return await self._meet("suspend_turns", partial(super().suspend_turns, turns, now=now))
+
+    async def adopt_turns(self, session_id: str, **rest: Any) -> Sequence[AdoptedTurn]:
+        return await self._meet("adopt_turns", partial(super().adopt_turns, session_id, **rest))
+
+    async def get_session(self, session_id: str, **rest: Any) -> SessionRecord:
+        return await self._meet("get_session", partial(super().get_session, session_id, **rest))
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+async def test_a_store_that_does_not_take_suspended_turns_costs_the_cleanup_and_no_more(
+    refuses: bool, autojump_clock: MockClock
+) -> None:
+    store = Trouble()
+    async with open_stage(store, cleanup_timeout_s=3) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, CONTINUES, "Hello")
+        store.at, store.refuses = "suspend_turns", refuses
+        began = trio.current_time()
+        with capture_logs() as lines:
+            await suspend(stage)
+        assert trio.current_time() - began == (0 if refuses else 3)
+        assert reply.closed.is_set()
+        assert (turn.is_suspended, turn.log.is_moved) == (True, True)
+        assert stage.sessions.suspensions.not_kept == 1
+        assert stage.sessions.pending_writes.turns == 0
+        assert [line["log_level"] for line in lines if "suspended" in line["event"]] == ["warning"] * refuses
+
+
+async def test_turns_that_wait_for_a_step_go_into_the_next_one(autojump_clock: MockClock) -> None:
+    store = Trouble()
+    async with open_stage(store) as stage:
+        for number in range(3):
+            await stage.sessions.create_session(NewSession(id=f"s{number}"))
+            await stage.sessions.start_turn(f"s{number}", CONTINUES)
+        [first, *others] = stage.sessions.open_turns()
+        store.at = "suspend_turns"
+        stage.stop.enter(Phase.INTERRUPTING)
+        first.cut_short(first.end_of_stop())
+        await store.reached.wait()
+        assert stage.sessions.drain.interrupt_all() == len(others)
+        await wait_all_tasks_blocked()
+        with capture_logs() as lines:
+            store.goes_on.set()
+            await stage.sessions.drain.wait_idle()
+        assert [line["turns"] for line in lines if "suspended" in line["event"]] == [1, 2]
+        assert stage.sessions.suspensions.not_kept == 0
+
+
+async def test_a_model_client_that_does_not_let_go_is_not_waited_for(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, _ = await begun(stage, CONTINUES, "Hello")
+        stage.puppet.close_s = 50
+        stage.stop.enter(Phase.INTERRUPTING)
+        stage.sessions.drain.interrupt_all()
+        await trio.sleep(1)
+        assert not turn.log.closed
+        await stage.sessions.end_hung(within_s=1)
+        assert turn.is_suspended
+        assert (await store.get_turn("s", turn.id, now=stage.clock())).text == "Hello"
+        await trio.sleep(50)
+    assert stage.sessions.suspensions.not_kept == 0
+    assert stage.sessions.statistics().turns_suspended == 1
+
+
+@pytest.mark.parametrize("is_done_first", [True, False])
+@pytest.mark.parametrize("at", ["get_session", "adopt_turns"])
+async def test_a_cancelled_adoption_leaves_no_turn_behind_that_no_process_runs(
+    at: str, is_done_first: bool, autojump_clock: MockClock
+) -> None:
+    store = Trouble()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        store.at, store.is_done_first = at, is_done_first
+        scope = trio.CancelScope()
+
+        async def call() -> None:
+            with scope:
+                await other.sessions.open_events("s", turn_id)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await store.reached.wait()
+            scope.cancel()
+            await wait_all_tasks_blocked()
+            store.goes_on.set()
+        store.at = ""
+        if at == "get_session":
+            assert other.sessions.open_turns() == []
+            assert await store.list_suspended(limit=9, idle_since=other.clock()) == ["s"]
+        else:
+            assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
+            await other.puppet.next_reply()
+
+
+async def test_an_adoption_without_an_answer_is_asked_again_and_is_one_attempt(autojump_clock: MockClock) -> None:
+    store = Trouble()
+    turn_id = await suspended(store)
+    async with open_next(store, store_timeout_s=5) as other:
+        store.at, store.is_done_first = "adopt_turns", True
+        with pytest.raises(StoreError):
+            await other.sessions.open_events("s", turn_id)
+        assert other.sessions.open_turns() == []
+        store.at = ""
+        await other.sessions.adopt_waiting()
+        [turn] = other.sessions.open_turns()
+        assert (turn.id, turn.record().attempt) == (turn_id, 2)
+        (await other.puppet.next_reply()).finish()
+        await turn.wait_ended()
+        assert [event.seq for event in turn.log.events() if isinstance(event, TurnResumed)] == [4]
+
+
+async def test_a_stop_that_begins_during_an_adoption_suspends_the_turn_again(autojump_clock: MockClock) -> None:
+    store = Trouble()
+    turn_id = await suspended(store)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        store.at = "adopt_turns"
+        nursery.start_soon(other.sessions.open_events, "s", turn_id)
+        await store.reached.wait()
+        nursery.start_soon(suspend, other)
+        await wait_all_tasks_blocked()
+        store.goes_on.set()
+        await wait_all_tasks_blocked()
+        assert await store.list_suspended(limit=9, idle_since=other.clock()) == ["s"]
+        assert other.puppet.asked == []
+    async with open_next(store) as third:
+        log, watch = await third.sessions.open_events("s", turn_id)
+        (await third.puppet.next_reply()).finish()
+        assert isinstance((await read_all(log))[-1], TurnCompleted)
+        watch.release()
+
+
+async def test_of_callers_that_come_at_once_one_adopts(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        opened = []
+
+        async def open_events() -> None:
+            opened.append(await other.sessions.open_events("s", turn_id))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(open_events)
+        assert len({id(log) for log, _ in opened}) == 1
+        reply = await other.puppet.next_reply()
+        for _, watch in opened:
+            watch.release()
+        reply.finish()
+        [turn] = other.sessions.open_turns()
+        assert (await turn.wait_ended()).attempt == 2
+        assert len(other.puppet.asked) == 1
+
+
+async def test_a_turn_whose_model_no_upstream_has_any_more_fails(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        sessions = other.sessions
+        puppet = other.puppet
+
+        def client_for(model: str) -> ModelClient:
+            if model == turn.model:
+                raise InvalidRequestError("No upstream has this model.", field="model")
+            return puppet
+
+        turn = await sessions.get_turn("s", turn_id)
+        sessions._acceptance._client_for = client_for
+        sessions._acceptance._settings = sessions._settings.model_copy(update={"model": "other"})
+        record = await sessions.wait_turn("s", turn_id)
+        assert record.error is not None
+        assert (record.state, record.error.code) == ("failed", "model_not_found")
