@@ -23,8 +23,9 @@ from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replay, Replays
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
-from service.storage.pieces import Run, count, skip, text_of
+from service.storage.pieces import Run, count, last_seq, skip, text_of
 from service.storage.records import SEQ_AFTER_CRASH, EventsPage, TurnRecord
+from service.storage.rules import released, resumed
 from tests.sessions.puppet import Puppet
 from tests.storage.rows import T0, a_turn, at
 
@@ -72,6 +73,19 @@ def crashed(turn: Turn, *, events: int) -> TurnRecord:
     )
 
 
+def adopted(turn: Turn, *, events: int, crashes: bool, continues: bool = True) -> Turn:
+    """A turn whose first events were kept, as another process goes on with it after a stop or a crash."""
+    kept = first_runs(turn.log.runs(), events)
+    record = crashed(turn, events=events)
+    record = msgspec.structs.replace(record, state="running", reason=None, ended_at=None, last_seq=events)
+    if crashes:
+        record = released(record, record.output, ())
+    it = resumed(record, kept, continues=continues)
+    return Turn(
+        it.turn, client=Puppet(), system_message=None, on_disconnect="continue", settings=Settings(), runs=it.runs
+    )
+
+
 def first_runs(runs: Sequence[Run], events: int) -> list[Run]:
     """The first events of runs."""
     first: list[Run] = []
@@ -109,7 +123,7 @@ class _Store:
             after=after,
             runs=tuple(runs),
             text=text_of(self.runs, texts, after=after, events=count(runs)),
-            kept=count(self.runs),
+            kept=last_seq(self.runs),
             ended=True,
             text_length=len(self.record.text),
         )

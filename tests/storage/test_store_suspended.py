@@ -500,8 +500,8 @@ async def test_recovery_suspends_the_turns_that_may_have_another_attempt_and_end
         await _begin(store, a_turn("fails", "s1"), lasting, a_lasting_turn("last", "s2", attempt=rules.ATTEMPTS_MAX))
         queued = a_lasting_turn("queued", "s1", state="queued", started_at=None, attempt=rules.ATTEMPTS_MAX)
         await store.begin_turn(queued, now=T0)
-        for session, turn in (("s1", "fails"), ("s1", "lasting"), ("s2", "last")):
-            kept = a_checkpoint(turn, "Hel", session=session)
+        for session_id, turn in (("s1", "fails"), ("s1", "lasting"), ("s2", "last")):
+            kept = a_checkpoint(turn, "Hel", session=session_id)
             kept = msgspec.structs.replace(kept, runs=(*BEGINNING, *kept.runs), usage=usage)
             await store.checkpoint_turns([kept])
     async with open_shared() as store:

@@ -9,6 +9,11 @@ The frames of a log are numbered from 0. A number depends on the log alone: the 
 a restart and in another process. A client that comes back says how many frames it has seen; a stream of another process
 that goes on here has counted them.
 
+A turn that outlives its process goes on without a frame: where nothing was lost the numbers go on, too. Where events
+before ``turn.resumed`` are no more part of the log, because a crash lost them or the reply begins anew, the numbers go
+on above all that were ever sent (:data:`NUMBERS_PER_ATTEMPT`). So no number stands for two frames, and a client that
+has seen frames which do not count any more is told so: :attr:`Place.is_lost`.
+
 To answer with such a stream::
 
     opened = await open_turn(service.sessions, session_id, turn_id)  # or the turn, log and watch of a new turn
@@ -33,11 +38,16 @@ from service.api.http.held_bytes import RequestBytes
 from service.api.http.long_frames import LongFrames, are_long, texts_of
 from service.long_texts import pieces_of
 from service.sessions.events.event_log import Events
-from service.sessions.events.events import Event, Piece, TerminalEvent
+from service.sessions.events.events import Event, Piece, TerminalEvent, TurnResumed
 from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Watch
 from service.storage.records import Item, TurnRecord
 
+NUMBERS_PER_ATTEMPT = 1 << 28
+"""More frames than an attempt of a turn sends: the bounds of ``log_bytes_max`` keep its log below. The numbers of a
+third attempt fit in 32 bits all the same."""
+_RESUMED = b": resumed\n\n"
+"""What a stream says where a turn goes on: a comment, because clients know no event for it."""
 _HELD_PER_BYTE = 5
 """A character takes up to four bytes; JSON in Python's objects, and the copies of texts in a last frame, as much."""
 
@@ -181,6 +191,7 @@ class FaceEncoder:
         self._changed_at = 0
         self._ended_at = 0
         self._gap = 0
+        self._jumps: dict[int, int] = {}  # by the seq of turn.resumed the last seq before it, where seqs are missing
         # The places at which the state has changed: the state after this seq, and how many more frames than events the
         # log has up to there. The last place is also in the attributes above.
         self._seqs = [0]
@@ -209,6 +220,9 @@ class FaceEncoder:
             frame = self._states[index].piece(event, seq - 1 + self._extras[index])
             if frame is not None:
                 return frame
+        if isinstance(event, TurnResumed):
+            self._go_on(event)
+            return _RESUMED
         step = self._step(event)
         if seq in self._long:
             return b""
@@ -248,7 +262,7 @@ class FaceEncoder:
         if index + 1 == len(self._seqs):
             return min(seq, self.seq), False
         change = self._seqs[index + 1]
-        last = change - 1 - (self._gap if change == self._ended_at else 0)
+        last = self._jumps.get(change, change - 1) - (self._gap if change == self._ended_at else 0)
         return min(seq, last), seq > last
 
     def unseen_of(self, event: Event, seen: int) -> bytes:
@@ -269,6 +283,21 @@ class FaceEncoder:
             if (place if place >= number + before_gap else place - gap) >= seen
         ]
         return [*unseen, self._end] if event.seq == self._ended_at else unseen
+
+    def _go_on(self, event: TurnResumed) -> None:
+        """Number the frames after ``turn.resumed``. The state stays: what is dropped of the reply is not in the log."""
+        seq = event.seq
+        if seq <= self.seq:
+            return
+        number = self.frames
+        if seq > self.seq + 1:
+            self._jumps[seq] = self.seq
+            number = (event.attempt - 1) * NUMBERS_PER_ATTEMPT
+        self.seq = self._changed_at = seq
+        self._extra = number - seq
+        self._seqs.append(seq)
+        self._states.append(self._state)
+        self._extras.append(self._extra)
 
     def _step(self, event: Event) -> Step:
         seq = event.seq
@@ -305,13 +334,15 @@ class Place(NamedTuple):
     """Where a stream begins: after the event with this seq, and first with the ``rest`` of this event's frames.
 
     If the frames after it are long, it begins with those whose numbers are not below ``seen``. ``is_beyond`` tells that
-    the log has not so many frames yet as were said to have been seen.
+    the log has not so many frames yet as were said to have been seen. ``is_lost`` tells that some frames that were
+    seen are not part of the log any more.
     """
 
     seq: int = 0
     rest: bytes = b""
     is_beyond: bool = False
     seen: int = 0
+    is_lost: bool = False
 
 
 BEGINNING = Place()
@@ -334,6 +365,8 @@ async def find_place(log: Events, face: Face, *, seen: int) -> Place:
     if is_within:
         await log.load_after(seq)
         event = log.read_after(seq)[0]
+        if isinstance(event, TurnResumed):
+            return Place(seq, is_lost=True)
         rest = encoder.unseen_of(event, seen)
         return Place(event.seq, rest) if rest else Place(seq, seen=seen)
     is_over = log.closed and seq == log.last_seq

@@ -48,6 +48,7 @@ from service.cluster.peer_client import PEER_GONE, PeerConnection, PeerRequest
 from service.cluster.peer_transport import PeerStream
 from service.cluster.proxied_requests import ProxiedRequest
 from service.errors import (
+    EventsLostError,
     LastcallError,
     OwnedElsewhereError,
     OwnerHangsError,
@@ -561,6 +562,8 @@ class ProxiedStream(ResponseBody):
             turn, log, self._watch = await open_turn(sessions, session_id, turn_id)
             face = self._face.face_of(turn)
             place = await find_place(log, face, seen=self._frames_seen)
+            if place.is_lost:
+                raise EventsLostError(turn_id, after=self._frames_seen, state="running", text="")
             await log.load_after(place.seq)
             return face_stream(log, slot, face=face, place=place, cut=self._face.cut, scope=self._scope)
         log, self._watch = await sessions.open_events(session_id, turn_id)

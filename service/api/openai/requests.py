@@ -32,7 +32,7 @@ from service.models.client import Options, TextFormat
 from service.sessions.commands import HISTORY_ITEMS_MAX, NewTurn, text_input
 from service.settings import Settings
 from service.steps import Steps
-from service.storage.records import IdempotencyKey, Item
+from service.storage.records import IdempotencyKey, Item, OnInterrupt
 
 _FormName = r"^[A-Za-z0-9_-]{1,64}$(?!\n)"
 _NO_EFFECT = "Accepted without effect."
@@ -414,10 +414,13 @@ def turn_of(
     made_session: str | None,
     request_id: str | None,
     key: IdempotencyKey | None,
+    on_interrupt: OnInterrupt,
 ) -> NewTurn:
     """The turn of a request.
 
     Args:
+        on_interrupt: What becomes of a response in the background if its process stops or dies. Another one ends with
+            its process: its client waits for it, and asks again.
         parent: The turn that the new one follows: None for the first turn of a session that is made for it, UNSET for
             the head of a conversation.
         made_session: The public id of the session if that is made for it, or was for a response that it follows.
@@ -438,6 +441,7 @@ def turn_of(
         may_title=made_session is None,
         may_leave_out=body.truncation != "disabled",
         background=bool(body.background),
+        on_interrupt=on_interrupt if body.background else "fail",
         creates_session=makes_session,
         session_is_new=makes_session,
         request_id=request_id,

@@ -76,7 +76,7 @@ blueprint = Blueprint("responses", __name__)
 
 _IN_PATH = re.compile(r"/v1/responses/(resp_[0-9a-f]{32})(?:/|$)")
 _NOT_FOUND = (SessionNotFoundError, TurnNotFoundError)
-_SEQUENCE_MAX = 1 << 31
+_SEQUENCE_MAX = 1 << 33
 _ENCRYPTED: Includable = "reasoning.encrypted_content"
 _LED_BY_ID = tuple(
     (name, {"response_id": "$response.body#/id"})
@@ -162,7 +162,7 @@ class _Responses:
         """The events after the frames that the client has seen; ``after`` is always 0.
 
         Raises:
-            ParameterError: The response does not have the frame that the client says to have seen last.
+            ParameterError: The response has no frame with the number that the client has seen last, or not any more.
         """
         source = await _source_of(opened)
         if isinstance(source, EndedTurn):
@@ -173,6 +173,13 @@ class _Responses:
             raise ParameterError(
                 f"The response has no event with the sequence_number {self._seen - 1}; send the last one seen.",
                 param="starting_after",
+            )
+        if place.is_lost:
+            raise ParameterError(
+                "A restart or a crash of the server has cut the response, and its text goes on from an earlier place: "
+                "leave starting_after out, and read it from the beginning.",
+                param="starting_after",
+                code="response_restarted",
             )
         return stream_face(opened.log, slot, face=face, place=place, cut=CUT)
 
@@ -266,7 +273,15 @@ async def create_response() -> TrioResponse:
     except RefusedError as error:
         refusal = error.with_traceback(None)  # whose frames have the body
     else:
-        new = turn_of(body, asked, parent=parent, made_session=made_session, request_id=current_request_id(), key=key)
+        new = turn_of(
+            body,
+            asked,
+            parent=parent,
+            made_session=made_session,
+            request_id=current_request_id(),
+            key=key,
+            on_interrupt=service.settings.on_interrupt,
+        )
         previous, conversation = body.previous_response_id, body.conversation_name
         del body, references, read, asked  # the frame is there until a response that is waited for has ended
         return await _start(

@@ -447,7 +447,7 @@ async def test_a_stream_of_a_face_that_has_no_frame_left_says_only_that_it_is_ov
     opened = await opened_in_a_face(1, seen=0)
     opened.close()
     place = await find_place(opened.log, NumberedFace(), seen=2)
-    assert place == (2, b"data: over\n\n", False, 0)
+    assert place == (2, b"data: over\n\n", False, 0, False)
 
 
 async def test_a_large_piece_counts_while_its_client_takes_it() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.http.face_frames import EndedTurn, FaceEncoder, encoder_of, find_place
+from service.api.http.face_frames import NUMBERS_PER_ATTEMPT, EndedTurn, FaceEncoder, encoder_of, find_place
 from service.models.client import ModelEvent, TextDelta
 from service.sessions.events import outcome
 from service.sessions.events.events import Event
@@ -16,6 +16,7 @@ from tests.api.counting_face import CountingFace
 from tests.api.told_turns import (
     Follower,
     a_told_turn,
+    adopted,
     crashed,
     end_turn,
     ends,
@@ -104,6 +105,52 @@ async def test_after_a_crash_the_kept_frames_are_as_they_were_and_the_others_hav
         assert rest == b"".join(frame for frame in after if number_of(frame) >= seen) + FACE.end
 
 
+def without_comments(frames: list[bytes]) -> list[bytes]:
+    return [frame for frame in frames if not frame.startswith(b":")]
+
+
+@given(replies(), replies(), st.booleans(), st.booleans(), st.data())
+async def test_a_turn_that_goes_on_uses_no_number_twice_and_tells_who_has_seen_frames_that_are_gone(
+    told: list[ModelEvent],
+    more: list[ModelEvent],
+    crashes: bool,
+    continues: bool,
+    data: st.DataObject,
+) -> None:
+    first = a_told_turn(on_interrupt="continue")
+    live = Follower(first.log, FACE)
+    first.take(told)
+    live.read(to_the_end=True)
+    seen_live = frames_in(live.told)
+    kept = data.draw(st.integers(1, first.log.last_seq)) if crashes else first.log.last_seq
+    second = adopted(first, events=kept, crashes=crashes, continues=continues)
+    second.take(more)
+    end_turn(second, outcome.Completed("stop"))
+    frames = frames_in(await read_to_the_end(second.log, FACE))
+    assert frames.pop() == FACE.end
+    assert frames.count(b": resumed\n\n") == 1, "clients skip a comment"
+    common = frames[: frames.index(b": resumed\n\n")]
+    assert common == seen_live[: len(common)]
+    frames = without_comments(frames)
+    numbers = list(map(number_of, frames))
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] < 1 << 31
+    goes_on = not crashes and (len(common) == len(seen_live))
+    assert (numbers == list(range(len(numbers)))) is goes_on
+    assert goes_on or numbers[len(common)] == NUMBERS_PER_ATTEMPT
+    _, replay = await replay_of_told(second)
+    for log in (second.log, replay):
+        for seen in range(len(seen_live) + 1):
+            place = await find_place(log, FACE, seen=seen)
+            assert place.is_lost is (seen > len(common))
+            if not place.is_lost:
+                rest = frames_in(await read_to_the_end(log, FACE, seen=seen))
+                assert without_comments(rest) == [*frames[seen:], FACE.end]
+        for at, number in enumerate(numbers[len(common) :], len(common)):
+            rest = frames_in(await read_to_the_end(log, FACE, seen=number + 1))
+            assert without_comments(rest) == [*frames[at + 1 :], FACE.end]
+
+
 async def test_many_streams_of_one_face_cost_one_encoding_of_each_event() -> None:
     turn = a_told_turn()
     streams = [Follower(turn.log, FACE) for _ in range(50)]
@@ -128,10 +175,10 @@ async def test_many_streams_of_one_face_cost_one_encoding_of_each_event() -> Non
 async def test_a_place_beyond_the_frames_of_a_live_log_is_told() -> None:
     turn = a_told_turn()
     turn.take([TextDelta("a")])
-    assert await find_place(turn.log, FACE, seen=4) == (2, b"", False, 0)
-    assert await find_place(turn.log, FACE, seen=5) == (2, b"", True, 0)
+    assert await find_place(turn.log, FACE, seen=4) == (2, b"", False, 0, False)
+    assert await find_place(turn.log, FACE, seen=5) == (2, b"", True, 0, False)
     turn.take([TextDelta("b"), TextDelta("c")])
-    assert await find_place(turn.log, FACE, seen=5) == (3, b"", False, 0)
+    assert await find_place(turn.log, FACE, seen=5) == (3, b"", False, 0, False)
 
 
 @pytest.mark.parametrize("is_replay", [False, True])
@@ -152,7 +199,7 @@ async def test_a_place_late_in_a_long_text_is_found_without_all_of_its_events(
 
     monkeypatch.setattr(FaceEncoder, "encode", count)
     seen = 4 + 1800
-    assert await find_place(log, FACE, seen=seen) == (1 + 1 + 1800, b"", False, 0)
+    assert await find_place(log, FACE, seen=seen) == (1 + 1 + 1800, b"", False, 0, False)
     assert len(encoded) < 200
     monkeypatch.undo()
     whole = frames_in(await read_to_the_end(turn.log, FACE))
