@@ -1,6 +1,6 @@
 // A chat in one page: streams, stops, retries and edits; a reload, a lost connection or a restarted server loses nothing.
 
-import { ENDS, Refused, ask, cancel, follow, newKey, path, start, turns } from "./lastcall.js";
+import { ENDS, Refused, ask, cancel, follow, newKey, path, start, textAfter, turns } from "./lastcall.js";
 
 const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
 const isNew = location.hash === "";
@@ -56,8 +56,8 @@ async function relay(url, turn, options) {
   reply.textContent = "";
   for await (const event of follow(url, options)) {
     say("");
-    if (event.text !== undefined && event.type !== "turn.delta") reply.textContent = ""; // what a crash has left
-    if (event.type === "turn.delta" || ENDS.includes(event.type)) reply.append(event.text ?? "");
+    if (event.type === "turn.delta") reply.append(event.text);
+    else reply.textContent = textAfter(reply.textContent, event);
     if (ENDS.includes(event.type)) showEnd(turn, { ...event, state: event.type.slice("turn.".length) });
   }
 }

@@ -1,6 +1,6 @@
 // One question and its answer through the browser's own EventSource, which comes back by itself after a cut.
 
-import { ENDS, ask, newKey, pause } from "./lastcall.js";
+import { ENDS, ask, newKey, pause, textAfter } from "./lastcall.js";
 
 const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
 const [form, message, reply, status] =
@@ -40,7 +40,7 @@ async function talk() {
   listen(`${turnsUrl}/${turn.id}`, {
     onEvent(event) {
       if (event.type === "turn.delta") reply.append(event.text);
-      else if (event.text !== undefined) reply.textContent = event.text; // what was kept, where events were lost
+      else reply.textContent = textAfter(reply.textContent, event);
       status.textContent = ENDS.includes(event.type) ? event.type.slice("turn.".length) : "running";
     },
     onWait,

@@ -75,12 +75,23 @@ async function repeat(url, read, { signal, onWait, ...request }) {
 export const ask = (url, options = {}) => repeat(url, (response) => response.json(), options);
 
 /**
+ * The reply after an event, given the reply before it.
+ * A turn that goes on after a restart says how many Unicode code points of the text count: an emoji is one of them.
+ */
+export function textAfter(text, event) {
+  if (event.type === "turn.delta") return text + event.text;
+  if (event.type === "turn.resumed") return [...text].slice(0, event.text_length).join("");
+  return ENDS.includes(event.type) ? (event.text ?? text) : text; // what was kept, where a crash has taken events
+}
+
+/**
  * All events of a turn to its last one, each once, across cuts and restarts.
  * `response` is the stream that started the turn, where there is one.
  */
 export async function* follow(turnUrl, { response, signal, onWait } = {}) {
   let seen = 0;
   for (let attempt = 0; ; attempt++) {
+    let moved = false;
     try {
       response ??= await fetch(`${turnUrl}/events`, { headers: { "Last-Event-ID": seen }, signal });
       if (response.status === 204) return; // the turn has ended, and all its events were seen
@@ -88,15 +99,19 @@ export async function* follow(turnUrl, { response, signal, onWait } = {}) {
       if (!response.ok && !PASSING.includes(response.status)) throw await Refused.from(response);
       for await (const event of response.ok ? events(response) : []) {
         attempt = 0;
+        moved = true; // if no other event follows
         seen = event.seq;
         yield event;
         if (ENDS.includes(event.type)) return;
       }
     } catch (error) {
       if (signal?.aborted || error instanceof Refused) throw error;
+      moved = false;
     }
-    onWait?.();
-    await pause(attempt, response, signal);
+    if (!moved) {
+      onWait?.();
+      await pause(attempt, response, signal);
+    }
     response = undefined;
   }
   const { state, reason, error, text } = await ask(turnUrl, { signal, onWait });

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ async def open_model() -> AsyncIterator[Model]:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, model_url: str, *, origin: str = "", port: int = 0, live_turns_max: int = 1000
+    folder: Path, model_url: str, *, origin: str = "", port: int = 0, live_turns_max: int = 1000, goes_on: bool = False
 ) -> AsyncIterator[ServerProcess]:
     """Run a server that the pages of this origin may call. It stops at once, and keeps its sessions in this folder."""
     env = {"LASTCALL_BIND": f"127.0.0.1:{port}", "LASTCALL_STORE_URL": f"sqlite:{folder}/lastcall.db"}
     env |= {"LASTCALL_MODEL_URL": model_url, "LASTCALL_MODEL": "example", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
     env |= {"LASTCALL_CORS_ORIGINS": origin} if origin else {}
     env |= {"LASTCALL_LIVE_TURNS_MAX": str(live_turns_max)}
+    env |= {"LASTCALL_ON_INTERRUPT": "continue", "LASTCALL_MODEL_CONTINUATION": "trailing"} if goes_on else {}
     launch = Launch(python_command("-m", "service", "serve"), env=env)
     async with open_server(launch, log_path=folder / f"server-{port}.log", start_timeout_s=60) as server:
         yield server
@@ -376,6 +378,47 @@ async def test_a_stop_in_mid_stream_is_shown_and_a_retry_waits_for_the_next_serv
             had = await turns(server.port, await chat.session_id())
             assert [(turn["state"], turn["parent"]) for turn in had] == [("interrupted", None), ("completed", None)]
             assert_quiet(chat.page, but="net::ERR_.*")
+
+
+WAVES = "\N{WAVING HAND SIGN}" * 20
+
+
+@pytest.mark.parametrize("name", ["chat.html", "eventsource.html"])
+async def test_a_reply_goes_on_in_the_page_after_stops(tmp_path: Path, name: str) -> None:
+    """First a text that is too short to be continued begins anew; then a longer one goes on, twice."""
+    reply_text = "document.querySelector('#reply, .turn:last-child .reply')?.textContent"
+    async with open_examples(tmp_path) as examples, open_model() as model:
+        serve = partial(serving, tmp_path, model.url, origin=examples.origin, goes_on=True)
+        async with serve() as server:
+            page = await examples.open_page(name, server.port)
+            await page.wait_for("!document.querySelector('form button').disabled")
+            await page.type_in("#message", "Count")
+            await page.click("form button")
+            await (await model.asked("Count")).say("1 2 ")
+            await page.wait_for(f"{reply_text} === '1 2 '")
+            await stopped(server, signal.SIGTERM)
+        async with serve(port=server.port) as again:
+            await (await model.asked("Count")).say(WAVES, " and ")
+            await page.wait_for(f"{reply_text} === '{WAVES} and '")
+            await stopped(again, signal.SIGTERM)
+        async with serve(port=server.port):
+            reply = await model.asked(f"{WAVES} and")
+            await reply.say(" more")
+            await reply.end()
+            await page.wait_for(f"{reply_text} === '{WAVES} and more'")
+            await page.wait_for(f"{STATUS} === 'completed' || {STATE} === 'completed'")
+            assert_quiet(page, but="net::ERR_.*")
+
+
+async def test_a_text_is_cut_by_code_points(tmp_path: Path) -> None:
+    async with open_all(tmp_path) as (examples, _, server):
+        page = await examples.open_page("eventsource.html", server.port)
+        await page.get(
+            "import('./lastcall.js').then(({ textAfter }) => document.title = "
+            "textAfter('\N{WAVING HAND SIGN}a\N{WAVING HAND SIGN}b', { type: 'turn.resumed', text_length: 3 })), 0"
+        )
+        await page.wait_for("document.title === '\N{WAVING HAND SIGN}a\N{WAVING HAND SIGN}'")
+        assert_quiet(page)
 
 
 async def test_after_a_crash_in_mid_stream_the_page_shows_the_stored_reply(tmp_path: Path) -> None:
