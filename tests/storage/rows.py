@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from service.models.client import Usage
-from service.storage.pieces import Run, count, run_of
+from service.storage.pieces import Run, last_seq, run_of
 from service.storage.records import EndState, Item, Page, SessionRecord, TurnRecord, TurnState
 from service.storage.store import PAGE_LENGTH_MAX, Store
 
@@ -117,7 +117,7 @@ async def told(store: Store, session_id: str, turn_id: str, *, length_max: int =
             texts.append(page.text[start : start + length])
             start += length
         assert start == len(page.text)
-        after += count(page.runs)
+        after = last_seq(page.runs, after)
     assert page.kept == after
     return texts
 

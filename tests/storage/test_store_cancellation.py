@@ -11,7 +11,7 @@ import trio
 from service.models.client import Usage
 from service.storage import fork_path, memory
 from service.storage.postgres import forks as postgres_forks
-from service.storage.records import SessionPatch, TurnRecord
+from service.storage.records import SessionPatch, SuspendedTurn, TurnRecord
 from service.storage.rules import revision_of
 from service.storage.sqlite import forks as sqlite_forks
 from service.storage.sqlite import tree_changes
@@ -19,6 +19,7 @@ from service.storage.store import Store
 from tests.storage.conftest import OpenStore
 from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended, said, told
 from tests.storage.test_store_added_turns import a_beginning, an_added_turn
+from tests.storage.test_store_suspended import a_lasting_turn, so_far
 
 WAITS_MAX = 500
 """More waits than any single call has."""
@@ -68,7 +69,14 @@ async def _look(store: Store) -> Everything:
     """Read everything from a store. Use it last: the read also removes expired sessions."""
     now = at(IDLE_TIMEOUT_S)
     hidden: list[object] = []
-    for session_id, turn_id in [("old", "told"), ("s", "t"), ("s", "queued"), ("s", "new"), ("marked", "tm")]:
+    for session_id, turn_id in [
+        ("old", "told"),
+        ("s", "t"),
+        ("s", "queued"),
+        ("s", "new"),
+        ("marked", "tm"),
+        ("waits", "w1"),
+    ]:
         hidden += [
             list(await store.read_path(session_id, turn_id, bytes_max=None)),
             await told(store, session_id, turn_id),
@@ -83,7 +91,8 @@ async def _look(store: Store) -> Everything:
 
 
 async def _prepare(store: Store) -> None:
-    """``old`` and ``older`` have expired by the time of the calls, ``s`` has open turns, ``marked`` is deleted."""
+    """``old`` and ``older`` have expired by the time of the calls, ``s`` has open turns, ``marked`` is deleted, and the
+    turns of ``waits`` are suspended."""
     for name in ("old", "older", "s", "marked"):
         await store.create_session(a_session(name), now=T0)
     for turn in (a_turn("told", "old"), a_turn("tm", "marked")):
@@ -95,6 +104,11 @@ async def _prepare(store: Store) -> None:
     await store.begin_turn(a_turn("t"), now=T0)
     await store.begin_turn(a_turn("queued", state="queued", parent="t"), now=T0)
     await store.mark_deleted("marked", now=T0)
+    await store.create_session(a_session("waits"), now=T0)
+    waiting = [a_lasting_turn(name, "waits") for name in ("w1", "w2")]
+    for turn in waiting:
+        await store.begin_turn(turn, now=T0)
+    await store.suspend_turns([so_far(turn, "Hel", "lo") for turn in waiting], now=T0)
 
 
 NOW = at(IDLE_TIMEOUT_S)
@@ -130,6 +144,11 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
         runs=said("H", "", "i"),
         now=NOW,
     ),
+    "suspend": lambda store: store.suspend_turns(
+        [so_far(a_turn("t"), "Hel", "lo"), SuspendedTurn(turn=a_turn("queued", state="queued", parent="t"), runs=())],
+        now=NOW,
+    ),
+    "adopt": lambda store: store.adopt_turns("waits", now=NOW, continues=lambda turn: turn.id == "w1"),
     "recover": lambda store: store.recover(now=NOW),
 }
 

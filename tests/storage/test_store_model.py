@@ -22,20 +22,24 @@ from service.errors import (
     SessionNotFoundError,
     TurnInProgressError,
     TurnNotFoundError,
+    TurnsSuspendedError,
 )
 from service.ids import new_turn_id
 from service.models.client import Usage
 from service.storage import rules
+from service.storage.pieces import Run, last_seq
 from service.storage.postgres import open_postgres_store
 from service.storage.records import (
-    SEQ_AFTER_CRASH,
+    AdoptedTurn,
     EndResult,
     EndState,
+    Item,
     Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
     Siblings,
+    SuspendedTurn,
     TreeNode,
     TurnRecord,
 )
@@ -62,6 +66,10 @@ class Model:
     marked: set[str] = field(default_factory=set)
     turns: dict[str, TurnRecord] = field(default_factory=dict)
     events: dict[str, list[str]] = field(default_factory=dict)
+    suspended: dict[str, tuple[Run, ...]] = field(default_factory=dict)
+    """The events of the suspended turns."""
+    adopted: dict[str, AdoptedTurn] = field(default_factory=dict)
+    """The turns that were adopted, until their owner dies or gives them up."""
 
     def visible(self, now: datetime) -> dict[str, SessionRecord]:
         return {
@@ -81,6 +89,7 @@ class Model:
         for turn in [turn for turn in self.turns.values() if turn.session_id == name]:
             del self.turns[turn.id]
             self.events.pop(turn.id, None)
+            self.suspended.pop(turn.id, None)
 
     def use(self, name: str, now: datetime, **changes: Any) -> SessionRecord:
         session = msgspec.structs.replace(self.sessions[name], **changes)
@@ -129,6 +138,8 @@ class Model:
 
     def begin(self, turn: TurnRecord, now: datetime) -> SessionRecord:
         session = self.to_follow(turn, now)
+        if self.is_nobodys(session):
+            raise TurnsSuspendedError(turn.session_id)
         self.turns[turn.id] = turn
         opened = session.open_turns + 1
         if turn.ephemeral:
@@ -157,9 +168,44 @@ class Model:
         )
 
     def branch(self, turn: TurnRecord, now: datetime) -> SessionRecord:
-        self.to_follow(turn, now)
+        if self.is_nobodys(self.to_follow(turn, now)):
+            raise TurnsSuspendedError(turn.session_id)
         self.refuse_if_open(turn.parent)
         return self.begin(turn, now)
+
+    def open_turns(self, session_id: str) -> list[TurnRecord]:
+        return [turn for turn in self.turns.values() if turn.session_id == session_id and turn.is_open]
+
+    def is_nobodys(self, session: SessionRecord) -> bool:
+        """Whether the session has open turns, all of which are suspended."""
+        opened = self.open_turns(session.id)
+        return bool(opened) and all(turn.id in self.suspended for turn in opened)
+
+    def suspend(self, turns: Sequence[SuspendedTurn], now: datetime) -> set[str]:
+        lost = set[str]()
+        for it in turns:
+            turn = self.turns.get(it.turn.id)
+            if turn is None or not turn.is_open:
+                lost.add(it.turn.id)
+            elif turn.id not in self.suspended:
+                self.release(it.turn, it.runs, now)
+        return lost
+
+    def release(self, turn: TurnRecord, runs: tuple[Run, ...], now: datetime) -> None:
+        self.turns[turn.id], self.suspended[turn.id] = turn, runs
+        self.events[turn.id] = [turn.text] if turn.text else []
+        self.adopted.pop(turn.id, None)
+        self.use(turn.session_id, now)
+
+    def adopt(self, name: str) -> list[AdoptedTurn]:
+        if name in self.marked:
+            return []
+        for turn in self.open_turns(name):
+            if turn.id in self.suspended:
+                it = rules.resumed(turn, self.suspended.pop(turn.id), continues=True)
+                self.adopted[turn.id], self.events[turn.id] = it, [it.turn.text] if it.turn.text else []
+                self.turns[turn.id] = msgspec.structs.replace(it.turn, output=())
+        return [self.adopted[turn.id] for turn in self.open_turns(name) if turn.id in self.adopted]
 
     def check_turn(self, session_id: str, turn_id: str | None) -> None:
         if turn_id is not None and (turn_id not in self.turns or self.turns[turn_id].session_id != session_id):
@@ -262,22 +308,34 @@ class Model:
 
     def crash(self, now: datetime) -> int:
         """The owner of all open turns dies, and another one recovers them. Returns how many there were."""
-        ended_by_it = [turn for turn in self.turns.values() if turn.is_open]
-        for turn in ended_by_it:
+        ended_by_it = 0
+        for turn in [turn for turn in self.turns.values() if turn.is_open and turn.id not in self.suspended]:
+            kept = self.adopted.get(turn.id, AdoptedTurn(turn=turn, runs=()))
+            if rules.resumes(turn):
+                released = rules.released(turn, kept.turn.output, ())
+                self.release(released, kept.runs, now)
+                continue
+            ended_by_it += 1
             if turn.ephemeral:
                 self.end_ephemeral(turn, now)
                 continue
-            end = {"state": "interrupted", "reason": "crash", "ended_at": now, "last_seq": SEQ_AFTER_CRASH}
+            self.adopted.pop(turn.id, None)
+            end = {"state": "interrupted", "reason": "crash", "ended_at": now}
+            end |= {"last_seq": rules.seq_after_crash(turn.attempt), "output": kept.turn.output}
             self.turns[turn.id] = msgspec.structs.replace(turn, **end)
-            self.use(turn.session_id, now, open_turns=self.sessions[turn.session_id].open_turns - 1)
+            session = self.sessions[turn.session_id]
+            messages = session.message_count + len(kept.turn.output)
+            self.use(turn.session_id, now, open_turns=session.open_turns - 1, message_count=messages)
         for name in [*self.marked]:
             self.remove(name)
-        return len(ended_by_it)
+        return ended_by_it
 
     def siblings(self, turn: TurnRecord) -> list[str]:
         return [it.id for it in self.turns.values() if (it.session_id, it.parent) == (turn.session_id, turn.parent)]
 
     def start(self, turn_id: str, now: datetime) -> bool:
+        if turn_id in self.suspended:
+            return False
         if turn_id in self.turns and self.turns[turn_id].state == "queued":
             self.turns[turn_id] = msgspec.structs.replace(self.turns[turn_id], state="running", started_at=now)
         return turn_id in self.turns and self.turns[turn_id].state == "running"
@@ -288,8 +346,10 @@ class Model:
                 return EndResult.ALREADY_KEPT
             self.end_ephemeral(turn, now)
             return EndResult.KEPT
-        if turn.id not in self.turns or self.turns[turn.id].state not in ("queued", "running"):
+        is_open = turn.id in self.turns and self.turns[turn.id].is_open and turn.id not in self.suspended
+        if not is_open:
             return EndResult.ALREADY_KEPT if self.turns.get(turn.id) == turn else EndResult.LOST
+        self.adopted.pop(turn.id, None)
         self.turns[turn.id] = turn
         self.events[turn.id] = [*events]
         session = self.sessions[turn.session_id]
@@ -408,6 +468,29 @@ class Fork(msgspec.Struct, frozen=True):
     turn: int
 
 
+class BeginLasting(msgspec.Struct, frozen=True):
+    """A turn that may outlive its owner."""
+
+    session_id: str
+    parent: int | None
+    on_interrupt: Literal["retry", "continue"]
+    state: Literal["queued", "running"]
+
+
+class Suspend(msgspec.Struct, frozen=True):
+    """Some turns, each with a reply so far."""
+
+    turns: tuple[int, ...]
+    text: str
+
+
+class Adopt(msgspec.Struct, frozen=True):
+    session_id: str
+
+
+Lasting = BeginLasting | Suspend | Adopt
+
+
 class Restart(msgspec.Struct, frozen=True):
     pass
 
@@ -441,6 +524,9 @@ Step = (
     | DeleteItem
     | Start
     | End
+    | BeginLasting
+    | Suspend
+    | Adopt
 )
 
 steps = st.one_of(
@@ -462,6 +548,15 @@ steps = st.one_of(
     st.builds(DeleteTurns, picks),
     st.builds(DeleteTurn, picks, st.booleans()),
     st.builds(DeleteItem, picks, st.sampled_from(["in-0", "in-1", "out"])),
+    st.builds(
+        BeginLasting,
+        session_ids,
+        st.none() | picks,
+        st.sampled_from(["retry", "continue"]),
+        st.sampled_from(["queued", "running"]),
+    ),
+    st.builds(Suspend, st.lists(picks, min_size=1, max_size=3).map(tuple), st.sampled_from(["", "Hi", "é\U0001f600"])),
+    st.builds(Adopt, session_ids),
     st.builds(Start, picks),
     st.builds(
         End,
@@ -484,6 +579,7 @@ class History:
     begun: list[TurnRecord] = field(default_factory=list)
     _moved: tuple[str | None, str | None] = (None, None)
     """The head that a step sets, and the head that its caller has seen before it."""
+    _asked: list[SuspendedTurn] = field(default_factory=list)
 
     @property
     def now(self) -> datetime:
@@ -540,6 +636,42 @@ class History:
         second = an_added_turn(f"t{number + 1}", parent=first.id, replied=step.texts[1])
         return [msgspec.structs.replace(turn, session_id=step.session_id) for turn in (first, second)]
 
+    def _lasting(self, step: BeginLasting) -> TurnRecord:
+        turn = self._turn(Begin(step.session_id, step.parent, step.state, 1))
+        return msgspec.structs.replace(turn, on_interrupt=step.on_interrupt)
+
+    def _suspended(self, step: Suspend) -> list[SuspendedTurn]:
+        """The turns with their replies so far. What was kept of an adopted one goes on."""
+        found: list[SuspendedTurn] = []
+        picked = {turn.id: turn for turn in map(self.picked, step.turns)}
+        for turn in (self.model.turns.get(name, begun) for name, begun in picked.items()):
+            kept = self.model.adopted.get(turn.id, AdoptedTurn(turn=turn, runs=()))
+            before, text = kept.turn.text, "" if turn.state == "queued" else step.text
+            runs = (*kept.runs, *(said(text) if text else ()))
+            item = Item(id=f"{turn.id}-out", role="assistant", text=before + text)
+            output = (item,) if item.text else ()
+            so_far = msgspec.structs.replace(turn, output=output, last_seq=last_seq(runs))
+            found.append(SuspendedTurn(turn=so_far, runs=runs))
+        return found
+
+    def _outlive_in_model(self, step: BeginLasting | Suspend | Adopt) -> object:
+        if isinstance(step, BeginLasting):
+            return self.model.begin(self._lasting(step), self.now)
+        if isinstance(step, Suspend):
+            self._asked = self._suspended(step)
+            return self.model.suspend(self._asked, self.now)
+        return self.model.adopt(step.session_id)
+
+    async def _outlive_in_store(self, step: BeginLasting | Suspend | Adopt) -> object:
+        if isinstance(step, BeginLasting):
+            turn = self._lasting(step)
+            begun = await self.store.begin_turn(turn, now=self.now)
+            self.begun.append(turn)
+            return begun.session
+        if isinstance(step, Suspend):
+            return set(await self.store.suspend_turns(self._asked, now=self.now))
+        return list(await self.store.adopt_turns(step.session_id, now=self.now, continues=lambda _: True))
+
     def _edit_in_model(self, step: Add | DeleteTurns | DeleteTurn | DeleteItem) -> object:
         if isinstance(step, Add):
             return self.model.add(self._added(step), self.now)
@@ -570,8 +702,10 @@ class History:
             await self.store.delete_item(turn.session_id, f"{turn.id}-{step.item}", now=self.now)
         return None
 
-    def _tree_in_model(self, step: Branch | Move | Fork | BeginEphemeral) -> object:
+    def _tree_in_model(self, step: Branch | Move | Fork | BeginEphemeral | Lasting) -> object:
         match step:
+            case BeginLasting() | Suspend() | Adopt():
+                return self._outlive_in_model(step)
             case BeginEphemeral():
                 turn, alone = self._ephemeral(step), self._alone(step)
                 return self.model.begin_alone(turn, alone, self.now) if alone else self.model.begin(turn, self.now)
@@ -585,8 +719,10 @@ class History:
             case Fork(pick):
                 return self.model.fork(self.picked(pick), "copy", self.now)
 
-    async def _tree_in_store(self, step: Branch | Move | Fork | BeginEphemeral) -> object:
+    async def _tree_in_store(self, step: Branch | Move | Fork | BeginEphemeral | Lasting) -> object:
         match step:
+            case BeginLasting() | Suspend() | Adopt():
+                return await self._outlive_in_store(step)
             case BeginEphemeral():
                 turn = self._ephemeral(step)
                 begun = await self.store.begin_turn(turn, now=self.now, creates=self._alone(step))
@@ -624,6 +760,14 @@ class History:
         turn = ended(self.picked(step.turn), step.state, text=step.text, usage=usage, now=self.now)
         return turn, [text for text in (step.text[:1], step.text[1:]) if text]
 
+    def _end_in_model(self, step: End) -> EndResult:
+        turn, events = self._end(step)
+        return self.model.end(turn, events, self.now)
+
+    async def _end_in_store(self, step: End) -> EndResult:
+        turn, events = self._end(step)
+        return await self.store.end_turn(turn, runs=said(*events), now=self.now)
+
     def _in_model(self, step: Step) -> object:
         model, now = self.model, self.now
         try:
@@ -640,15 +784,14 @@ class History:
                     return model.delete_expired(now, limit)
                 case Begin():
                     return model.begin(self._turn(step), now)
-                case Branch() | Move() | Fork() | BeginEphemeral():
+                case Branch() | Move() | Fork() | BeginEphemeral() | BeginLasting() | Suspend() | Adopt():
                     return self._tree_in_model(step)
-                case Add() | DeleteTurns() | DeleteTurn() | DeleteItem():
-                    return self._edit_in_model(step)
                 case Start(turn):
                     return model.start(self.picked(turn).id, now)
                 case End():
-                    turn_record, events = self._end(step)
-                    return model.end(turn_record, events, now)
+                    return self._end_in_model(step)
+                case Add() | DeleteTurns() | DeleteTurn() | DeleteItem():
+                    return self._edit_in_model(step)
         except RefusedError as error:
             return type(error)
         return None
@@ -671,17 +814,18 @@ class History:
                     turn_record = self._turn(step)
                     begun = await store.begin_turn(turn_record, now=now, path_bytes_max=None)
                     self.begun.append(turn_record)
-                    assert begun.path == await store.read_path(turn_record.session_id, turn_record.id, bytes_max=None)
+                    path = await store.read_path(turn_record.session_id, turn_record.id, bytes_max=None)
+                    assert begun.path is not None
+                    assert _in_path(begun.path) == _in_path(path)
                     return begun.session
-                case Branch() | Move() | Fork() | BeginEphemeral():
+                case Branch() | Move() | Fork() | BeginEphemeral() | BeginLasting() | Suspend() | Adopt():
                     return await self._tree_in_store(step)
-                case Add() | DeleteTurns() | DeleteTurn() | DeleteItem():
-                    return await self._edit_in_store(step)
                 case Start(turn):
                     return await store.start_turn(self.picked(turn).id, now=now)
                 case End():
-                    turn_record, events = self._end(step)
-                    return await store.end_turn(turn_record, runs=said(*events), now=now)
+                    return await self._end_in_store(step)
+                case Add() | DeleteTurns() | DeleteTurn() | DeleteItem():
+                    return await self._edit_in_store(step)
         except RefusedError as error:
             return type(error)
         return None
@@ -711,13 +855,22 @@ class History:
             for parent in {turn.parent for turn in turns}:
                 children = await store.list_turns(session.id, limit=100, after=None, now=now, parent=parent)
                 assert list(children.data) == [turn for turn in turns if turn.parent == parent]
+        waiting = [it for it in model.sessions.values() if model.is_nobodys(it) and it.id not in model.marked]
+        waiting.sort(key=lambda session: (session.last_accessed_at, session.id))
+        listed = await store.list_suspended(limit=2, idle_since=now)
+        assert list(listed) == [it.id for it in waiting if it.last_accessed_at <= now][:2]
         for turn in self.begun:
             kept = turn.id in model.turns
             assert await told(store, turn.session_id, turn.id) == model.events.get(turn.id, [])
             path = await store.read_path(turn.session_id, turn.id, bytes_max=None)
-            assert list(path) == (model.path(turn.id) if kept else [])
+            assert _in_path(path) == _in_path(model.path(turn.id) if kept else [])
             paged = await store.list_path(turn.session_id, turn.id, limit=2, first=None)
-            assert list(paged) == (model.path(turn.id)[:2] if kept else [])
+            assert _in_path(paged) == _in_path(model.path(turn.id)[:2] if kept else [])
+
+
+def _in_path(turns: Sequence[TurnRecord]) -> list[TurnRecord]:
+    """The records without what those of a path do not have."""
+    return [msgspec.structs.replace(turn, on_interrupt="fail", attempt=1) for turn in turns]
 
 
 def _patch(step: Update) -> SessionPatch:

@@ -41,7 +41,8 @@ _NEWER_FIRST = (
     "SELECT id, ordinal, instr(input, :item) > 0 OR instr(output, :item) > 0 FROM shown_turns "
     "WHERE session = :session AND ordinal < :below ORDER BY ordinal DESC"
 )
-_OPEN = f"SELECT id FROM turns WHERE owner IN ({NOBODY}, ?) AND session = ?"
+# ``+`` makes SQLite search by owner: the open turns of one are few.
+_OPEN = f"SELECT id FROM turns WHERE owner IN ({NOBODY}, ?) AND +session = ?"
 _IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
 _FOUND = f"{TURN_COLUMNS}, key, ordinal"
 _GET = f"SELECT {_FOUND} FROM shown_turns WHERE id = ? AND session = ?"
