@@ -46,8 +46,13 @@ def export_session(path: Path, session_id: str) -> bytes:
 
 def encoded(session: SessionRecord, turns: Turns) -> bytes:
     """A session with its turns and events, as JSON."""
-    exported = tuple(ExportedTurn(turn, frames_of(turn, runs)) for turn, runs in turns)
+    exported = tuple(ExportedTurn(_without_output(turn), frames_of(turn, runs)) for turn, runs in turns)
     return msgspec.json.encode(ExportedSession(session=session, turns=exported))
+
+
+def _without_output(turn: TurnRecord) -> TurnRecord:
+    """The record of an open turn without what was kept of it: an import drops the turn."""
+    return msgspec.structs.replace(turn, output=(), last_seq=0, usage=None) if turn.is_open else turn
 
 
 def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:

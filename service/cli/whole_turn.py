@@ -9,15 +9,18 @@ from service.api.native.event_frames import decode_frame, encode_frame
 from service.ids import is_session_id, is_turn_id, public_id
 from service.sessions.events.events import (
     Event,
+    Piece,
     TurnArguments,
     TurnCall,
     TurnDelta,
     TurnQueued,
     TurnReasoning,
+    TurnResumed,
     TurnStarted,
 )
 from service.sessions.events.outcome import outcome_of, record_changes, terminal_event
-from service.storage.records import FACE_BYTES_MAX, SEQ_AFTER_CRASH, Item, TurnRecord
+from service.storage.records import FACE_BYTES_MAX, Item, TurnRecord
+from service.storage.rules import seq_after_crash
 
 _END_FIELDS = ("reason", "error", "finish_reason")
 _FIELDS_OF_TYPES = {
@@ -52,6 +55,12 @@ def _problems_of_record(turn: TurnRecord) -> Iterator[Problem]:
         yield "stored", turn.stored, "is not true"
     if turn.ephemeral and not turn.is_open:
         yield "ephemeral", True, "does not fit a turn that has ended: its end removes it"
+    if turn.on_interrupt == "fail":
+        for field, only in (("attempt", 1), ("on_disconnect", "cancel")):
+            if getattr(turn, field) != only:
+                yield field, getattr(turn, field), 'does not go with "on_interrupt": "fail"'
+    elif turn.attempt < 1:
+        yield "attempt", turn.attempt, "is less than 1"
     if turn.face and len(msgspec.json.encode(turn.face)) > FACE_BYTES_MAX:
         yield "face", turn.face, f"has more than {FACE_BYTES_MAX} bytes"
     expected: dict[str, object] = {"state": turn.state}
@@ -112,20 +121,22 @@ def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[P
             yield "events_deleted", True, "does not fit an open turn"
         return
     events: list[Event] = []
-    for seq, frame in enumerate(frames, start=1):
+    seq = 0
+    for index, frame in enumerate(frames):
         event = _read(frame)
-        if event is None or event.seq != seq:
-            yield f"events[{seq - 1}]", frame.decode(), f"is not the SSE frame of seq {seq}"
+        if event is None or not (event.seq == seq + 1 or (isinstance(event, TurnResumed) and event.seq > seq)):
+            yield f"events[{index}]", frame.decode(), f"is not the SSE frame of seq {seq + 1}"
             return
         events.append(event)
+        seq = event.seq
     outcome = outcome_of(turn)
-    if outcome is not None and not (turn.reason == "crash" and len(events) < turn.last_seq == SEQ_AFTER_CRASH):
-        if len(events) != turn.last_seq:
+    if outcome is not None and not (turn.reason == "crash" and seq < turn.last_seq == seq_after_crash(turn.attempt)):
+        if seq != turn.last_seq:
             yield "last_seq", turn.last_seq, f"does not go with {len(events)} events"
             return
         expected = terminal_event(
             outcome,
-            seq=len(events),
+            seq=seq,
             text_length=len(turn.text),
             usage=turn.usage,
             left_out=turn.left_out,
@@ -136,6 +147,7 @@ def _problems_of_events(turn: TurnRecord, frames: Sequence[bytes]) -> Iterator[P
             return
         events.pop()
     yield from _problems_of_course(turn, events)
+    yield from _problems_of_resumptions(turn, events)
 
 
 def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[Problem]:
@@ -144,7 +156,7 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
     calls: dict[int, tuple[TurnCall, list[str]]] = {}
     named: tuple[str, str] | None = None
     stage = 0
-    for index, event in enumerate(events):
+    for index, event in ((n, it) for n, it in enumerate(events) if not isinstance(it, TurnResumed)):
         of = f"events[{index}]"
         if isinstance(event, TurnQueued | TurnStarted):
             names = event.session_id, event.turn_id
@@ -174,6 +186,20 @@ def _problems_of_course(turn: TurnRecord, events: Sequence[Event]) -> Iterator[P
             if item.type == "function_call"
         }:
             yield "output", turn.output, "has other calls than the events"
+
+
+def _problems_of_resumptions(turn: TurnRecord, events: Sequence[Event]) -> Iterator[Problem]:
+    """Check that each resumption belongs to the turn, and tells how much of the reply was there by then."""
+    attempt, length, is_new = 1, 0, True
+    for index, event in enumerate(events):
+        if isinstance(event, TurnResumed):
+            is_next = index > 0 and attempt < event.attempt <= turn.attempt
+            if not is_next or event.text_length != length or (event.mode == "retry" and not is_new):
+                yield f"events[{index}]", event, "does not go with the events before"
+            attempt = event.attempt
+        elif isinstance(event, Piece | TurnCall):
+            is_new = False
+            length += len(event.text) if isinstance(event, TurnDelta) else 0
 
 
 def _are_names_of(turn: TurnRecord, session_id: str, turn_id: str) -> bool:

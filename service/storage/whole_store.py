@@ -1,6 +1,6 @@
 """All that a store keeps, as values that every kind of store that outlives its process gives and takes: for a copy.
 
-Nothing of it is open: turns of processes that are gone are ended before, and no other process uses the store.
+No other process uses the store. Turns of processes that are gone are recovered before, so only suspended ones are open.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,11 @@ _DIGEST_BYTES = 16
 
 
 class WholeTurn(msgspec.Struct, frozen=True):
-    """A turn, its events, and its number among the documents of searches."""
+    """A turn, its events, and its number among the documents of searches: a suspended turn has none."""
 
     record: TurnRecord
     runs: tuple[Run, ...]
-    document: int
+    document: int | None
 
 
 class WholeSession(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from service.sessions.sessions import Sessions
 from service.settings import Settings, Upstream
 from service.stop_state import Phase
 from service.storage.pieces import STARTED, Run, are_of
-from service.storage.records import FACE_BYTES_MAX, Checkpoint, Item
+from service.storage.records import FACE_BYTES_MAX, SEQ_AFTER_CRASH, Checkpoint, Item, SuspendedTurn, TurnRecord
 from service.storage.sqlite import open_sqlite_store
+from service.storage.store import Store
 from service.supervisor import open_service
-from tests.storage.rows import said
+from tests.storage.rows import a_session, said
+from tests.storage.test_store_suspended import a_lasting_turn, so_far
 
 Output = pytest.CaptureFixture[str]
 MODELS = {
@@ -142,12 +145,34 @@ async def crash(path: Path) -> None:
         now = wall_clock()
         session = await store.get_session("s", now=now)
         turn = NewTurn(text="x", model="whole").record(session, queued=False, now=now, settings=Settings())
+        await have_two_attempts(store, turn)
         await store.begin_turn(turn, now=now)
         runs = (Run(STARTED), *said("Hel"))
         items = (Item(id="msg_" + 32 * "e", role="assistant", text=""),)
         await store.checkpoint_turns(
             [Checkpoint(session_id="s", turn_id=turn.id, after=0, runs=runs, text="Hel", items=items)]
         )
+
+
+async def have_two_attempts(store: Store, like: TurnRecord) -> None:
+    """Add a turn beside another one, which a second process goes on with after a crash of the first."""
+    now, item = like.created_at, Item(id="msg_" + 32 * "d", role="assistant", text="Hel")
+    changes = {"id": "turn_" + 32 * "d", "on_interrupt": "continue", "input": text_input("y")}
+    turn = msgspec.structs.replace(like, **changes)
+    await store.begin_turn(turn, now=now)
+    runs = (Run(STARTED), *said("H", "el"))
+    crashed = msgspec.structs.replace(turn, output=(item,), last_seq=2 * SEQ_AFTER_CRASH)
+    await store.suspend_turns([SuspendedTurn(turn=crashed, runs=runs)], now=now)
+    (adopted,) = await store.adopt_turns("s", now=now, continues=lambda _: True)
+    end = msgspec.structs.replace(
+        adopted.turn,
+        state="completed",
+        finish_reason="stop",
+        ended_at=now,
+        output=(msgspec.structs.replace(item, text="Hello"),),
+        last_seq=adopted.turn.last_seq + 2,
+    )
+    await store.end_turn(end, runs=(*adopted.runs, *said("lo")), now=now)
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +347,54 @@ def test_data_that_no_service_could_have_made_is_refused_with_session_turn_and_f
     else:
         assert it["turn"]["id"] in told
         assert "of session 's'" in told
+
+
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        ('"attempt":2', '"attempt":1'),
+        ('"attempt":2', '"attempt":3'),
+        ('"text_length":3', '"text_length":4'),
+        ('"text_length":3', '"text_length":0'),
+        ('"mode":"continue"', '"mode":"retry"'),
+        (str(2 * SEQ_AFTER_CRASH + 1), "3"),
+    ],
+)
+def test_a_resumption_that_no_service_could_have_told_is_refused(
+    exports: dict[str, bytes], forgery: tuple[str, str]
+) -> None:
+    whole = json.loads(exports["s"])
+    it = next(it for it in whole["turns"] if it["turn"]["attempt"] == 2)
+    assert any(forgery[0] in event for event in it["events"])
+    it["events"] = [event.replace(*forgery) if "turn.resumed" in event else event for event in it["events"]]
+    with pytest.raises(StartupError, match="turn_d"):
+        check(json.dumps(whole).encode())
+
+
+def test_attempts_go_only_with_a_turn_that_may_have_some(exports: dict[str, bytes]) -> None:
+    whole = json.loads(exports["s"])
+    whole["turns"][0]["turn"]["attempt"] = 2
+    with pytest.raises(StartupError, match="attempt"):
+        check(json.dumps(whole).encode())
+
+
+def test_a_suspended_turn_is_not_in_an_import(tmp_path: Path, imported: Callable[[Any], int]) -> None:
+    path = tmp_path / "from.db"
+
+    async def suspend() -> None:
+        async with open_sqlite_store(path) as store:
+            now = wall_clock()
+            moments = {"created_at": now, "last_accessed_at": now, "expires_at": now + timedelta(minutes=1)}
+            await store.create_session(msgspec.structs.replace(a_session(), **moments), now=now)
+            turn = a_lasting_turn("turn_" + 32 * "a", created_at=now, input=text_input(INPUT))
+            await store.begin_turn(turn, now=now)
+            await store.suspend_turns([so_far(turn, "Hello")], now=now)
+
+    trio.run(suspend)
+    whole = json.loads(exported_events.export_session(path, "s"))
+    assert [(it["turn"]["state"], it["turn"]["output"], it["events"]) for it in whole["turns"]] == [("running", [], [])]
+    assert imported(whole) == 0
+    assert json.loads(exported_events.export_session(tmp_path / "new.db", "s"))["turns"] == []
 
 
 @pytest.fixture

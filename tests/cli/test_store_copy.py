@@ -15,14 +15,16 @@ from service.cli.store_copy import copy_store
 from service.errors import RefusedError, RepeatedError, StartupError
 from service.models.client import Usage
 from service.storage import whole_store
-from service.storage.pieces import STARTED, Run
-from service.storage.records import IdempotencyKey, Item, Match, SessionPatch
+from service.storage.pieces import STARTED, Resumed, Run, resumed_run
+from service.storage.records import SEQ_AFTER_CRASH, IdempotencyKey, Item, Match, SessionPatch
 from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
 from service.storage.whole_store import Contents
 from tests.postgres_server import running
 from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
 from tests.storage.test_store_added_turns import an_added_turn
+from tests.storage.test_store_owners import a_checkpoint
+from tests.storage.test_store_suspended import a_lasting_turn, so_far
 
 KINDS = ["sqlite", "postgres"]
 KEY, GONE = (IdempotencyKey(caller="ann", key=key, fingerprint=b"\x00f") for key in ("a", "b"))
@@ -81,6 +83,25 @@ async def fill(store: Store) -> None:
     await store.mark_deleted("z", now=T0)
     await store.create_session(msgspec.structs.replace(a_session("x"), title="title word"), now=T0)
     await store.begin_turn(a_turn("open", "x", texts=["word"]), now=T0)  # its process is gone after this
+    await fill_with_lasting_turns(store)
+
+
+async def fill_with_lasting_turns(store: Store) -> None:
+    """Turns that outlive their process: one that has ended, one that is suspended, and those of the process."""
+    await store.create_session(a_session("lasts"), now=T0)
+    await store.create_session(a_session("waits"), now=T0)
+    for name, session in (("resumed", "lasts"), ("suspended", "lasts"), ("dying", "waits"), ("queued", "waits")):
+        turn = a_lasting_turn(name, session, state="queued" if name == "queued" else "running")
+        await store.begin_turn(turn, now=T0)
+        if session == "waits":
+            continue
+        await store.suspend_turns([so_far(turn, "Hel", "lo \x00" * 20_000)], now=T0)
+        if name == "resumed":
+            (adopted,) = await store.adopt_turns(session, now=T0, continues=lambda _: True)
+            end = msgspec.structs.replace(ended(adopted.turn, text=adopted.turn.text + "!"), last_seq=6)
+            await store.end_turn(end, runs=(*adopted.runs, *said("!")), now=T0, after=4)
+    kept = a_checkpoint("dying", "Hel", session="waits")
+    await store.checkpoint_turns([msgspec.structs.replace(kept, runs=(Run(STARTED), *kept.runs))])
 
 
 async def found(store: Store, query: str) -> list[Match]:
@@ -124,11 +145,17 @@ async def test_a_copy_has_all_of_its_source_for_every_reader(
     async with source.open() as store:
         await fill(store)
     copy = await copied(source, target)
-    assert (copy.sessions, copy.turns, copy.keys) == (3, 9, 2)
+    assert (copy.sessions, copy.turns, copy.keys) == (5, 13, 2)
     async with source.open() as store:
         expected = await seen(store)
     async with target.open() as store:
         assert await seen(store) == expected
+        assert list(await store.list_suspended(limit=9, idle_since=T0)) == ["lasts", "waits"]
+        (suspended,) = await store.adopt_turns("lasts", now=T0, continues=lambda _: True)
+        assert suspended.runs[-1] == resumed_run(Resumed(4, 2, "continue", 80_003))
+        dying, queued = await store.adopt_turns("waits", now=T0, continues=lambda _: True)
+        assert (dying.turn.text, dying.turn.last_seq) == ("Hel", 2 * SEQ_AFTER_CRASH + 1)
+        assert (queued.turn.state, queued.runs) == ("queued", ())
         newest = a_turn("new", "ann/s", parent="long", texts=["word"])
         await store.begin_turn(newest, now=T0)
         await store.end_turn(ended(newest), runs=said("Hi"), now=T0)

@@ -10,6 +10,7 @@ from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, sessions
 from service.storage.postgres.connections import Db, Me
+from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.turn_rows import parts, values_of
 from service.storage.postgres.turns import Place, to_follow
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
@@ -23,6 +24,7 @@ _TYPES = {
     "depth": "int",
     "chain_parent": "bigint",
     "place": "int",
+    "owner": "bigint",
     "state": "text",
     "created_at": "bigint",
     "started_at": "bigint",
@@ -141,7 +143,8 @@ def insert(
     places: Sequence[Place],
     first: int,
 ) -> None:
-    """Insert ended turns of a session, each with its events, its key and its place, but not as documents.
+    """Insert ended turns of a session, each with its events, its key and its place, but not as documents. Open ones are
+    suspended.
 
     Args:
         first: The ordinal of the first one.
@@ -149,7 +152,7 @@ def insert(
     for some in parts(turns):
         rows = [
             values_of(turns[n])
-            | event_pages.values_of_events(turns[n], runs[n])
+            | _values_of_state(turns[n], runs[n])
             | {"key": keys[n], "ordinal": first + n}
             | places[n].values
             | {"chain": keys[n] if places[n].chain is None else places[n].chain}
@@ -159,3 +162,9 @@ def insert(
         for row, n in zip(rows, range(some.start, some.stop), strict=True):
             if row["runs"] is None:
                 event_pages.add(db, [(keys[n], turns[n], runs[n])])
+
+
+def _values_of_state(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
+    if turn.is_open:
+        return event_pages.values_in_pages(turn, runs) | {"owner": NOBODY}
+    return event_pages.values_of_events(turn, runs) | {"owner": None}

@@ -120,6 +120,12 @@ def leave_after_end(db: Db, session_id: str, *, owner: int) -> None:
     db.execute(_LEAVE_BY_ID, {"session": session_id, "owner": owner})
 
 
+def note(db: Db, session: int, *, open_turns: int) -> None:
+    """Note the open turns of a session that was added, all of which are suspended."""
+    if open_turns:
+        db.execute(f"UPDATE {{s}}.sessions SET open_turns = %s, owner = {NOBODY} WHERE key = %s", (open_turns, session))
+
+
 def first_waiting(db: Db, session: int, *, others: int | None) -> str | None:
     """The first turn of a session that is suspended, or would be by a recovery from an owner that is gone."""
     rows: list[Row] = db.execute(_WAITING, {"session": session, "others": others}).fetchall()

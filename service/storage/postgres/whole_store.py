@@ -10,7 +10,16 @@ import psycopg
 from service.errors import StartupError
 from service.settings import shown_store_url
 from service.storage.pieces import unpack
-from service.storage.postgres import additions, documents, event_pages, recovery, removals, schema, sessions
+from service.storage.postgres import (
+    additions,
+    documents,
+    event_pages,
+    recovery,
+    removals,
+    schema,
+    sessions,
+    suspensions,
+)
 from service.storage.postgres.connections import Connection, Db, connect_first
 from service.storage.postgres.faults import startup_error
 from service.storage.postgres.owners import BEAT_S, LEASE_S, Observer, Ownership
@@ -47,7 +56,7 @@ _ADD_KEY = (
 
 @contextmanager
 def open_whole_store(url: str, *, schema_name: str, now: datetime, makes: bool) -> Iterator["WholePostgresStore"]:
-    """Open the store in a schema. Turns of processes that are gone are ended.
+    """Open the store in a schema. Turns of processes that are gone are recovered.
 
     Args:
         makes: Whether the tables are made if there are none.
@@ -158,10 +167,12 @@ class WholePostgresStore:
             found: list[tuple[int, int | None, Iterable[str]]] = [
                 (turn.document, turn_key, searched_texts(turn.record))
                 for turn, turn_key in zip(session.turns, keys, strict=True)
+                if turn.document is not None
             ]
             if session.document is not None and session.record.title is not None:
                 found.append((session.document, None, (session.record.title,)))
             documents.restore(self.db, key, found)
+            suspensions.note(self.db, key, open_turns=session.record.open_turns)
 
     def _add_turns(self, session: int, turns: Sequence[WholeTurn]) -> list[int]:
         """Returns the keys of the turns."""

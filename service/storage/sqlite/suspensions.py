@@ -83,6 +83,12 @@ def release(db: apsw.Connection, session: int, now: datetime, *, idle_timeout_s:
     )
 
 
+def note(db: apsw.Connection, session: int, *, open_turns: int) -> None:
+    """Note the open turns of a session that was added, all of which are suspended."""
+    if open_turns:
+        db.execute(f"UPDATE sessions SET open_turns = ?, owner = {NOBODY} WHERE key = ?", (open_turns, session))
+
+
 def is_suspended(db: apsw.Connection, turn_id: str) -> bool:
     return db.execute(_IS_SUSPENDED, (turn_id,)).fetchone() is not None
 

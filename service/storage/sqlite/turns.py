@@ -501,6 +501,14 @@ def insert_ended(
     return key
 
 
+def insert_suspended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
+    """Add a turn that is suspended already. The caller updates the session's counters, and the places of siblings."""
+    values = values_of(turn) | {"session": session, "ordinal": ordinal, "owner": NOBODY}
+    key = _insert(db, turn, values)
+    event_pages.keep(db, key, runs, text_of(runs, [item.text for item in turn.output]), after=0)
+    suspensions.keep(db, key, turn)
+
+
 def insert_copy(
     db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, *, source: int, terms: Collection[str]
 ) -> None:

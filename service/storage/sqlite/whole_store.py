@@ -11,7 +11,17 @@ from typing import Any
 import apsw
 
 from service.errors import StartupError
-from service.storage.sqlite import database, documents, event_pages, maintenance, recovery, sessions, trees, turns
+from service.storage.sqlite import (
+    database,
+    documents,
+    event_pages,
+    maintenance,
+    recovery,
+    sessions,
+    suspensions,
+    trees,
+    turns,
+)
 from service.storage.sqlite.indexing import Indexing
 from service.storage.sqlite.ownership import Ownership, any_alive
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
@@ -38,7 +48,7 @@ _ADD_KEY = (
 
 @contextmanager
 def open_whole_store(path: Path, *, now: datetime, makes: bool) -> Iterator["WholeSqliteStore"]:
-    """Open the store in a file. Turns of processes that are gone are ended.
+    """Open the store in a file. Turns of processes that are gone are recovered.
 
     Args:
         makes: Whether the file is made if there is none.
@@ -109,7 +119,10 @@ class WholeSqliteStore:
     def _turn(self, session_id: str, row: Row) -> WholeTurn:
         turn = event_pages.record_of(self._db, session_id, row[:-2])
         key, document = row[-2:]
-        runs = [] if turn.events_deleted else event_pages.runs_of(self._db, key)
+        if turn.is_open:
+            runs = event_pages.runs_in_pages(self._db, key)
+        else:
+            runs = [] if turn.events_deleted else event_pages.runs_of(self._db, key)
         return WholeTurn(turn, told_runs(turn, runs), document)
 
     def all_keys(self) -> Iterator[WholeKey]:
@@ -127,9 +140,14 @@ class WholeSqliteStore:
                 documents.add_title(self._db, key, session.record.title, number=session.document)
             for ordinal, turn in enumerate(session.turns):
                 trees.add_sibling(self._db, key, turn.record.parent, ordinal)
+                if turn.record.is_open:
+                    turns.insert_suspended(self._db, key, ordinal, turn.record, turn.runs)
+                    continue
                 turns.insert_ended(
                     self._db, key, ordinal, turn.record, kept_runs(turn), terms=None, document=turn.document
                 )
+
+            suspensions.note(self._db, key, open_turns=session.record.open_turns)
 
     def add_key(self, key: WholeKey) -> None:
         with database.transaction(self._db):
