@@ -38,6 +38,7 @@ from service.errors import (
     StoreError,
     TurnEndingError,
     TurnInProgressError,
+    TurnMovedError,
     TurnNotFoundError,
 )
 from service.ids import public_id
@@ -171,7 +172,7 @@ def openai_error_response(refusal: Refusal) -> TrioResponse:
         param=told.param or problem.field,
         code=told.code or problem.code,
     )
-    if isinstance(error, OwnerHangsError | TurnEndingError):
+    if isinstance(error, OwnerHangsError | TurnEndingError | TurnMovedError):
         headers["Location"] = located(response_path(error.turn_id))
     else:
         headers.pop("Location", None)
@@ -284,6 +285,11 @@ def _shown(error: Exception) -> _Shown:  # noqa: C901, PLR0911, PLR0912  a table
             return _Shown(
                 message=f"Response {response_id(turn_id)!r} is ending, but its end takes longer than usual: repeat "
                 "this call, or get the response at its URL (Location) later."
+            )
+        case TurnMovedError(turn_id=turn_id):
+            return _Shown(
+                message=f"Response {response_id(turn_id)!r} goes on in another process, because this one stops: repeat "
+                "this call, or get the response at its URL (Location)."
             )
         case MadeIsGoneError():
             return _Shown(

@@ -63,6 +63,7 @@ from service.errors import (
     TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
+    TurnMovedError,
     TurnNotFoundError,
 )
 from service.ids import new_session_id, public_id, scoped
@@ -435,7 +436,7 @@ async def _get(service: Service, session_id: str, turn_id: str, *, with_texts: b
             events=EVENTS,
         ),
     ),
-    errors=(TurnNotFoundError, EventsDeletedError, StreamLimitError),
+    errors=(TurnNotFoundError, EventsDeletedError, StreamLimitError, TurnLimitError, ShuttingDownError),
 )
 async def get_response(response_id: str) -> TrioResponse:
     """Get a response, with the output so far; with `stream` its events, live, replayed or both.
@@ -507,7 +508,7 @@ async def delete_response(response_id: str) -> TrioResponse:
 @operation(
     id="cancel_response",
     answers=(Answer(status=200, description="The response, ended.", body=Response),),
-    errors=(TurnNotFoundError, TurnEndingError),
+    errors=(TurnNotFoundError, TurnEndingError, TurnMovedError, TurnLimitError, ShuttingDownError),
 )
 async def cancel_response(response_id: str) -> TrioResponse:
     """Cancel a response, background or not, and wait for its end. One that has ended is answered as it is."""

@@ -52,6 +52,7 @@ from service.errors import (
     TurnEndingError,
     TurnInProgressError,
     TurnLimitError,
+    TurnMovedError,
     TurnNotFoundError,
 )
 from tests.api.inprocess import LOOPBACK, Reply, open_api, request_context
@@ -152,6 +153,7 @@ EACH: dict[Exception, tuple[int, str]] = {
     NotReadyError(): (503, "not_ready"),
     OwnedElsewhereError(SESSION, fence=1, address=None): (503, "owned_elsewhere"),
     TurnEndingError(session_id=SESSION, turn_id=TURN): (503, "turn_ending"),
+    TurnMovedError(session_id=SESSION, turn_id=TURN): (503, "turn_moved"),
     OwnerHangsError(session_id=SESSION, turn_id=TURN): (504, "owner_hangs"),
     StoreError("no"): (503, "store_unavailable"),
     ResourcesExhaustedError(): (503, "resources_exhausted"),
@@ -212,6 +214,7 @@ def test_no_error_of_the_service_is_forgotten() -> None:
         (ShuttingDownError(), "POST", {}, False),
         (QueueFullError("full"), "POST", {}, False),
         (TurnEndingError(session_id=SESSION, turn_id=TURN), "POST", {}, False),
+        (TurnMovedError(session_id=SESSION, turn_id=TURN), "POST", {}, False),
         (BodyTimeoutError(), "POST", {}, False),
     ],
 )
