@@ -575,6 +575,26 @@ async def test_an_adopted_turn_crashes_with_all_that_was_kept_of_it(open_shared:
         assert (page.runs, page.kept) == (third.runs, 3 * SEQ_AFTER_CRASH + 1)
 
 
+async def test_a_turn_that_was_adopted_while_it_waited_keeps_its_seqs_over_a_crash(open_shared: OpenStore) -> None:
+    queued = a_lasting_turn(state="queued", started_at=None)
+    async with open_shared() as store:
+        await _begin(store, queued)
+        waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
+        await store.suspend_turns([waiting], now=T0)
+    async with open_shared() as store:
+        await _adopt(store)
+        assert await store.start_turn("t", now=at(1))
+        kept = a_checkpoint("t", "Hel", "lo")
+        kept = msgspec.structs.replace(kept, after=1, runs=(Run(STARTED), *kept.runs))
+        await store.checkpoint_turns([kept])
+        assert (await store.read_events("s", "t", after=3)).text == "lo"
+    async with open_shared() as store:
+        assert await store.recover(now=at(2)) == 0
+        page = await store.read_events("s", "t")
+        assert (page.runs, page.kept) == ((Run(QUEUED), Run(STARTED), *said("Hel", "lo")), 4)
+        assert (await store.read_events("s", "t", after=3)).text == "lo"
+
+
 async def test_what_would_be_suspended_is_in_the_way_of_a_turn_and_nothing_else(open_shared: OpenStore) -> None:
     """The turns of an owner that is gone, before any recovery."""
     first = a_turn("first")

@@ -55,9 +55,10 @@ UPDATE {{s}}.sessions SET head = %(head)s, open_turns = %(open_turns)s, owner = 
     message_count = %(message_count)s, last_accessed_at = %(last_accessed_at)s, expires_at = %(expires_at)s
 WHERE key = %(session)s
 """
+# A turn that was adopted while it was queued has its first events in an earlier segment.
 _START = f"""
 WITH own AS (SELECT key, state FROM {{s}}.turns WHERE id = %(turn)s AND owner = %(owner)s), started AS (
-    UPDATE {{s}}.turns SET state = 'running', started_at = %(now)s, segment = {SEGMENT}
+    UPDATE {{s}}.turns SET state = 'running', started_at = %(now)s, segment = least(segment, {SEGMENT})
     FROM own WHERE turns.key = own.key AND own.state = 'queued'
 )
 SELECT true FROM own
