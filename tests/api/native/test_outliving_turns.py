@@ -1,16 +1,12 @@
 """Turns that outlive their process, in the native API: ``on_interrupt``, the ends of streams and calls in a stop, and
 what a client that comes back gets. The processes are services on one store, one after the other."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
 import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from service import supervisor
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from tests.api.inprocess import SSE, Api, Reply, open_api
@@ -18,19 +14,6 @@ from tests.api.inprocess import SSE, Api, Reply, open_api
 MODEL = "scripted:?tokens=30&rate=10&first_token_s=0"
 """A reply of 30 tokens, which takes three seconds."""
 WHOLE = "".join(f"{number} " for number in range(30))
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """The store of all services of a test."""
-    store = MemoryStore()
-
-    @asynccontextmanager
-    async def open_store(*_: object) -> AsyncIterator[MemoryStore]:
-        yield store
-
-    monkeypatch.setattr(supervisor, "_open_store", open_store)
-    return store
 
 
 async def stop(api: Api) -> None:

@@ -1,15 +1,11 @@
 """Responses that outlive their process: what a client of ``/v1`` gets that comes back to the next process."""
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-import pytest
 import trio
 from trio.testing import MockClock
 
-from service import supervisor
 from service.api.http.face_frames import NUMBERS_PER_ATTEMPT
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
@@ -21,19 +17,6 @@ MODEL = "scripted:?tokens=30&rate=10&first_token_s=0"
 BEGINS_ANEW = f"{MODEL}&continues=false"
 WHOLE = "".join(f"{number} " for number in range(30))
 ASKED = {"model": "scripted", "input": "Hi", "background": True}
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """The store of all services of a test."""
-    store = MemoryStore()
-
-    @asynccontextmanager
-    async def open_store(*_: object) -> AsyncIterator[MemoryStore]:
-        yield store
-
-    monkeypatch.setattr(supervisor, "_open_store", open_store)
-    return store
 
 
 def events_of(reply: Reply) -> list[dict[str, Any]]:
