@@ -28,6 +28,7 @@ from tests.postgres_server import binaries
 
 CLIENTS = 24
 LEASE_S = 6
+MODES = ("fail", "retry", "continue")
 CALM_S = 180
 """Bound on the end of all clients once there are no faults any more."""
 SHOWN_MAX = 20
@@ -43,7 +44,7 @@ class Run:
 
     async def have_chaos(self, cluster: Cluster, *, lasts_s: float, seed: int, clients: int = CLIENTS) -> None:
         """Load the cluster while things go wrong, let it calm down, and check all of it."""
-        load = Load(doors=lambda: cluster.doors, history=self.history, seed=seed)
+        load = Load(doors=lambda: cluster.doors, history=self.history, seed=seed, on_interrupt=MODES)
         faults = Faults(cluster, Random(seed))
         until = trio.current_time() + lasts_s
         with trio.fail_after(lasts_s + CALM_S):

@@ -240,9 +240,14 @@ def _check_turns(told: _Facts, stored: Stored) -> Iterator[Broken]:
 def _check_seqs(name: str, events: Sequence[Event]) -> Iterator[Broken]:
     """Seqs go up by one; after a crash, and where an attempt begins anew, they go up by more.
 
-    Of a turn that had just begun a crash may have taken all events but its end.
+    Of a turn that had just begun a crash may have taken all events.
     """
-    if events and events[0].seq != 1 and not (events[0].is_terminal and events[0].seq == SEQ_AFTER_CRASH):
+    first = events[0] if events else None
+    if (
+        first is not None
+        and first.seq != 1
+        and not (first.seq >= SEQ_AFTER_CRASH and (first.is_terminal or first.type == RESUMED))
+    ):
         yield Broken("events come once, in order and without a gap", f"{name} begins with {events[0]}")
     for before, after in pairwise(events):
         beyond = after.seq >= SEQ_AFTER_CRASH and after.seq // SEQ_AFTER_CRASH > before.seq // SEQ_AFTER_CRASH
@@ -364,7 +369,7 @@ def _check_calls(told: _Facts, turns: Mapping[str, StoredTurn]) -> Iterator[Brok
             yield Broken("no call of the model outlives its turn", call.input)
         began[call.input] += call.tokens > 0
     for text, count in began.items():
-        if count > attempts.get(text, 1):
+        if text in attempts and count > attempts[text]:
             yield Broken("the model is asked once for each attempt", f"{text!r}: {count} times")
 
 

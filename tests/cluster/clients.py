@@ -4,11 +4,10 @@ They do what docs/client-guide.md says: a POST without an answer is sent again w
 event is resumed, and each attempt may go to another replica.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from random import Random
-from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -62,8 +61,8 @@ class Load:
     seed: int
     tokens: tuple[int, int] = (5, 60)
     rate: float = 20
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of each new turn."""
+    on_interrupt: Sequence[str] = ("fail",)
+    """One of them, by chance, is that of each new turn."""
     is_over: bool = False
     """Set it to let each client end its turn and leave."""
 
@@ -192,7 +191,7 @@ class Client:
     async def start(self, session: str, text: str = "", key: str = "") -> str:
         """Start a turn in the background."""
         text, key = text or self._new_input(), key or self._new_key()
-        body = {"input": text, "background": True, "on_conflict": "queue", **self._load.options}
+        body = {"input": text, "background": True, "on_conflict": "queue", "on_interrupt": self._on_interrupt(text)}
         answer = await self._repeat("turn", session, "POST", f"/sessions/{session}/turns", body, key=key)
         turn: str = msgspec.json.decode(answer.body)["id"]
         self._note_accepted(session, turn, text, key)
@@ -229,7 +228,8 @@ class Client:
 
     async def _start_stream(self, session: str, text: str, key: str, view: "View") -> bool:
         """One attempt. Whether the turn is accepted, and its stream has ended in whatever way."""
-        body = {"input": text, "on_disconnect": "continue", "on_conflict": "queue", **self._load.options}
+        body = {"input": text, "on_disconnect": "continue", "on_conflict": "queue"}
+        body["on_interrupt"] = self._on_interrupt(text)
         headers = {**AUTH, **_SSE, "Idempotency-Key": key}
         try:
             async with open_call(self._door(), "POST", f"/sessions/{session}/turns", headers, body) as stream:
@@ -342,6 +342,10 @@ class Client:
         )
         self._history.add(told)
         return True
+
+    def _on_interrupt(self, text: str) -> str:
+        """The same for each copy and each repetition of a request."""
+        return Random(text).choice(self._load.on_interrupt)
 
     def _new_key(self) -> str:
         return f"{self.name}-{next(self._numbers)}"

@@ -30,6 +30,7 @@ RESTART_S = 0.3
 SETTINGS = {
     "API_KEYS": KEY,
     "MODEL": "chaos",
+    "MODEL_CONTINUATION": "trailing",
     "LOG_FORMAT": "json",
     "HEARTBEAT_INTERVAL_S": "1",
     "DRAIN_TIMEOUT_S": "2",

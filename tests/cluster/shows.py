@@ -53,8 +53,8 @@ class Show:
         if not holds:
             self.broken.append(words)
 
-    def load(self, doors: Sequence[Door], *, tokens: int, rate: float, **options: object) -> Load:
-        return Load(lambda: doors, self.run.history, self._seed, (tokens, tokens), rate, options)
+    def load(self, doors: Sequence[Door], *, tokens: int, rate: float, on_interrupt: str = "fail") -> Load:
+        return Load(lambda: doors, self.run.history, self._seed, (tokens, tokens), rate, (on_interrupt,))
 
     async def start(self, cluster: Cluster, owner: int, load: Load, readers: trio.Nursery) -> str:
         """Start a turn in one replica, and let a client read it through all. Returns the turn."""
@@ -289,13 +289,15 @@ async def show_no_standby(show: Show) -> None:
     show.expect(not acknowledged, f"nothing is acknowledged meanwhile: {acknowledged[:3]}")
 
 
-async def show_rolling(show: Show, *, fits: bool, proxy: str) -> None:
+async def show_rolling(show: Show, *, fits: bool, proxy: str, on_interrupt: str = "fail") -> None:
     """A rolling restart of three replicas behind a proxy, under 200 clients that resume."""
     async with (
         _open_cluster(show, drain_timeout_s=12 if fits else 2, is_direct=True) as cluster,
         open_front(proxy, cluster.doors, show.folder) as front,
     ):
-        load = replace(show.load([front], tokens=0, rate=2), tokens=(10, 16) if fits else (30, 60))
+        load = replace(
+            show.load([front], tokens=0, rate=2, on_interrupt=on_interrupt), tokens=(10, 16) if fits else (30, 60)
+        )
         clients = [Client(load, f"c{number}") for number in range(2 * STREAMS)]
         async with trio.open_nursery() as nursery:
             for client in clients:
@@ -311,7 +313,7 @@ async def show_rolling(show: Show, *, fits: bool, proxy: str) -> None:
         await show.run.check(cluster)
     ends = show.ends()
     pauses = sorted(client.longest_s for client in clients)
-    if fits:
+    if fits or on_interrupt != "fail":
         show.expect(set(ends) == {"completed"}, f"nothing is interrupted: {dict(ends)}")
     else:
         show.expect(set(ends) <= {"completed", "interrupted shutdown"}, f"ends: {dict(ends)}")
@@ -328,6 +330,8 @@ SHOWS: dict[str, Callable[[Show], Awaitable[None]]] = {
     "failover": show_failover,
     "no-standby": show_no_standby,
     "rolling": partial(show_rolling, fits=False, proxy="nginx"),
+    "rolling-retry": partial(show_rolling, fits=False, proxy="nginx", on_interrupt="retry"),
+    "rolling-continue": partial(show_rolling, fits=False, proxy="nginx", on_interrupt="continue"),
     "rolling-drain": partial(show_rolling, fits=True, proxy="nginx"),
     "rolling-haproxy": partial(show_rolling, fits=False, proxy="haproxy"),
     "rolling-drain-haproxy": partial(show_rolling, fits=True, proxy="haproxy"),

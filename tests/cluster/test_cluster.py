@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.cluster.chaos import Run, have_database, summary
+from tests.cluster.chaos import MODES, Run, have_database, summary
 from tests.cluster.clients import Client, Load, View
 from tests.cluster.cluster import Cluster, makes_namespaces, open_cluster
 from tests.cluster.database import open_database
@@ -30,7 +30,7 @@ async def test_replicas_that_die_and_stop_and_lose_their_database_break_no_promi
     with open_database(needed_binaries()) as database, trio.fail_after(CAP_S):
         await have_database(database)
         async with open_cluster(database, tmp_path, run.history) as cluster:
-            load = Load(doors=lambda: cluster.doors, history=run.history, seed=SEED, tokens=(5, 40))
+            load = Load(doors=lambda: cluster.doors, history=run.history, seed=SEED, tokens=(5, 40), on_interrupt=MODES)
             faults = Faults(cluster)
             async with trio.open_nursery() as nursery:
                 for number in range(CLIENTS):
@@ -61,7 +61,7 @@ async def test_replicas_that_die_and_stop_and_lose_their_database_break_no_promi
 
 async def start_a_long_turn(cluster: Cluster, load: Load, nursery: trio.Nursery) -> str:
     """Start a turn in the first replica, which does not end by itself, and return once a client reads its text."""
-    there = replace(load, doors=lambda: cluster.doors[:1], tokens=(10_000, 10_000))
+    there = replace(load, doors=lambda: cluster.doors[:1], tokens=(10_000, 10_000), on_interrupt=("fail",))
     client = Client(there, "long")
     session = await client.create()
     turn = await client.start(session)
