@@ -200,7 +200,8 @@ class Store(Protocol):
         store of its own moment; then its page is ``partial``, and ``next`` leads on from where it was. A page is
         partial, too, while documents of an earlier version are not in the index yet. Paged as :meth:`list_sessions`: a
         session that is found from the first page to the last is on exactly one page. Documents that are newer than the
-        first page are not in this search.
+        first page are not in this search. A shared database may give a document a place among the first page's that
+        becomes visible only after that page: the search then may miss a session that another process wrote meanwhile.
 
         Raises:
             InvalidRequestError: ``after`` is not a page cursor of a search (``field`` is ``after``).
