@@ -13,7 +13,7 @@ dev := uv + " run --group dev"
 # a protocol makes so (124) and that httpx, this project's choice, has a successor (127).
 disabled := "ASYNC110,ASYNC222,ASYNC9,ASYNC124,ASYNC127"
 # What `nursery.start` starts; ASYNC114 tells what is missing here.
-startable := "run,run_checkpoints,run_expiry,run_heartbeats,run_recovery,_run_http2,_run_idle,_run_unfinished"
+startable := "run,run_checkpoints,run_expiry,run_heartbeats,run_recovery,_run_http2,_run_idle,_run_unfinished,_run_until_lost"
 # Tests that take seconds lie beside each other: no worker is given many at once.
 parallel := "-n auto --maxschedchunk 1"
 

@@ -17,6 +17,7 @@
        ├─ checkpoint loop    only with a store that outlives the process
        ├─ key loop           reads API keys again when their files change
        ├─ refusal loop       tells how many requests were refused, once a second
+       ├─ standing watcher   ends the service once another process has taken over its turns
     └─ shutdown watcher   waits for the notice, then runs the phases
 
 The parts start in this order. On the way down the loops are cancelled first, all at once; then the sessions, the
@@ -36,7 +37,7 @@ import trio
 from service.api_keys import ApiKeys
 from service.clock import Clock, SteadyClock
 from service.cluster.peer_transport import PeerTransport
-from service.errors import StartupError, StoreError
+from service.errors import StartupError, StoreError, StoreLostError
 from service.models.client import ModelClient
 from service.models.http.read_poller import open_read_poller
 from service.models.model_catalog import ModelCatalog
@@ -132,6 +133,7 @@ async def open_service(
                 store_timeout_s=settings.store_timeout_s,
             )
             await nursery.start(checkpoints, name="checkpoint loop")
+        await nursery.start(_run_until_lost, store, sessions, name="standing watcher")
         await nursery.start(refusals.run, name="refusal loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         await nursery.start(keys.run, name="key loop")
@@ -211,6 +213,20 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
             yield Upstreams(by_model=by_model)
         else:
             yield Upstreams(await open_client(settings.default_upstream, None))
+
+
+async def _run_until_lost(
+    store: Store, sessions: Sessions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """End the service once another process has taken this one for dead: with a new start it is an owner again.
+
+    Raises:
+        StoreLostError
+    """
+    task_status.started()
+    await store.standing.lost.wait()
+    sessions.lose_turns()
+    raise StoreLostError("Another process has taken this one for dead, and goes on with its turns.", retry_after_s=None)
 
 
 async def _recover(store: Store, clock: Clock, settings: Settings) -> None:

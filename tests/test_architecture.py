@@ -36,7 +36,10 @@ LAYERS = (
 )
 """The layers, outermost first. A module imports from lower layers, and from its own package or top-level layer."""
 
-PROTOCOLS = {"models": {"client", "upstreams"}, "storage": {"pieces", "records", "rules", "store", "store_deadline"}}
+PROTOCOLS = {
+    "models": {"client", "upstreams"},
+    "storage": {"pieces", "records", "rules", "standing", "store", "store_deadline"},
+}
 """The modules of these packages that modules other than the supervisor may import."""
 
 PLACES: dict[str, list[str]] = {

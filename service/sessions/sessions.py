@@ -156,6 +156,7 @@ class Sessions:
             self._titles,
             self.drain,
             suspensions=self.suspensions,
+            stop=stop,
             store=store,
             client_for=client_for,
             clock=clock,
@@ -934,6 +935,11 @@ class Sessions:
                 refusal = error
         if refusal is not None:
             raise refusal
+
+    def lose_turns(self) -> None:
+        """Stop the work of all open turns, which are not this process's any more. No end of them is told."""
+        for turn in self._active.open_turns():
+            turn.cut_short(outcome.Interrupted("crash"))
 
     async def end_hung(self, *, within_s: float) -> None:
         """End the open turns whose tasks hang. Called by the shutdown when it does not wait for these tasks any more.

@@ -78,6 +78,7 @@ from service.storage.records import (
     text_length,
 )
 from service.storage.search import SEARCH_S, search_page, search_query
+from service.storage.standing import Standing
 from service.storage.store import PAGE_LENGTH_MAX
 from service.storage.terms import document_terms
 
@@ -114,6 +115,7 @@ class MemoryStore:
 
     def __init__(self, *, sessions_max: float = inf) -> None:
         self.peer_secret = token_bytes(32)  # only this process uses the store
+        self.standing = Standing()
         self._sessions_max = sessions_max
         self._sessions: dict[str, KeptSession] = {}
         self._turns: dict[str, KeptTurn] = {}

@@ -42,6 +42,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
+from service.storage.standing import Standing
 from service.store_capabilities import StoreCapabilities
 
 Monotonic = Callable[[], float]
@@ -82,6 +83,11 @@ class Store(Protocol):
     @property
     def name(self) -> str:
         """The kind and the place of the store, for the banner; without secrets."""
+        ...
+
+    @property
+    def standing(self) -> Standing:
+        """Whether this owner still owns its turns, as far as the store knows."""
         ...
 
     @property

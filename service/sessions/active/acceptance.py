@@ -38,6 +38,7 @@ from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_adoption, turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
+from service.stop_state import StopState
 from service.storage.records import AdoptedTurn, IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
@@ -75,6 +76,7 @@ class Acceptance:
         drain: Drain,
         *,
         suspensions: Suspensions,
+        stop: StopState,
         store: Store,
         client_for: Callable[[str], ModelClient],
         clock: Clock,
@@ -90,6 +92,7 @@ class Acceptance:
         self._clock = clock
         self._settings = settings
         self._suspensions = suspensions
+        self._stop = stop
         self.unresolved_adoptions: set[str] = set()
 
     async def accept(self, session_id: str, new: NewTurn, within_s: float) -> Turn:
@@ -427,6 +430,7 @@ class Acceptance:
                     default_end=session.default_end,
                     suspend=self._suspensions.suspend,
                     store=self._store,
+                    stop=self._stop,
                     clock=self._clock,
                     settings=self._settings,
                 )
@@ -445,7 +449,12 @@ class Acceptance:
         async def end(session: ActiveSession, turn: Turn) -> None:
             turn.decide(session.default_end(turn))
             ended = await end_turn(
-                turn, suspend=self._suspensions.suspend, store=self._store, clock=self._clock, within_s=within_s
+                turn,
+                suspend=self._suspensions.suspend,
+                store=self._store,
+                stop=self._stop,
+                clock=self._clock,
+                within_s=within_s,
             )
             if ended and session.remove(turn):
                 self._note_ended(turn)
@@ -457,12 +466,11 @@ class Acceptance:
     def _note_ended(self, turn: Turn) -> None:
         if isinstance(turn.end, outcome.Suspended):
             self._suspensions.leave_unkept(turn)  # has an effect only if the turn's task has not come so far
-            self._active.note_ended(turn)
-            return
-        if not (turn.stored or turn.is_lost):
+        elif not (turn.stored or turn.is_lost):
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)
-        self._titles.note_ended(turn)
+        if not turn.is_suspended:
+            self._titles.note_ended(turn)
 
 
 async def _refuse_if_late(deadline: ScopeDeadline) -> None:

@@ -131,7 +131,7 @@ class PendingWrites:
             StoreError
         """
         runs = turn.log.runs()
-        record = msgspec.structs.replace(turn.record(), stored=True)
+        record = msgspec.structs.replace(turn.untold or turn.record(), stored=True)
         try:
             with self.writing():
                 result = await self._store.end_turn(record, runs=runs, now=self._clock(), after=turn.stored_seq)

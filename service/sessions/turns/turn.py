@@ -60,6 +60,9 @@ class Turn:
             ``record``. A turn that runs goes on after the last of them.
     """
 
+    untold: TurnRecord | None = None
+    """The end of a turn that was left because the store did not take this end."""
+
     def __init__(
         self,
         record: TurnRecord,
@@ -442,9 +445,14 @@ class Turn:
         self.ended.set()
         self._note_if_over()
 
-    def leave(self) -> None:
-        """Close the log without a terminal event: the last step of a turn that goes on elsewhere."""
+    def leave(self, untold: TurnRecord | None = None) -> None:
+        """Close the log without a terminal event: the last step of a turn that goes on elsewhere.
+
+        Args:
+            untold: Its end, which the store has not taken yet: another process may tell another one.
+        """
         self.is_ending = self.is_suspended = True
+        self.untold = untold
         self._spent, self._stream = self.usage, None
         self._record = msgspec.structs.replace(self._record, output=self._reply.items())
         self.log.leave()

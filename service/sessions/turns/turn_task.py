@@ -21,13 +21,18 @@ from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
 from service.settings import Settings
 from service.steps import in_steps
+from service.stop_state import Phase, StopState
 from service.storage.records import EndResult, LeftOut, TurnRecord
+from service.storage.standing import Standing
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 from service.telemetry.log_context import add_to_log_context
 from service.telemetry.refusal_log import causes_of
 
 logger = structlog.get_logger("lastcall.turn")
+
+UNTOLD_MAX_S = 60.0
+"""How long an end waits for a store that is away, where this process has its turns on a lease."""
 
 
 class Suspend(Protocol):
@@ -43,6 +48,7 @@ async def run_turn(
     default_end: Callable[[Turn], outcome.Outcome | outcome.Suspended],
     suspend: Suspend,
     store: Store,
+    stop: StopState,
     clock: Clock,
     settings: Settings,
 ) -> None:
@@ -65,15 +71,21 @@ async def run_turn(
         _decide_failed(turn, error, settings)
     finally:
         turn.decide(default_end(turn))
-        await end_turn(  # noqa: ASYNC102  shielded inside
-            turn, suspend=suspend, store=store, clock=clock, within_s=settings.cleanup_timeout_s
+        await end_turn(  # noqa: ASYNC102  shielded inside, but for the wait for a database that is away
+            turn, suspend=suspend, store=store, stop=stop, clock=clock, within_s=settings.cleanup_timeout_s
         )
 
 
-async def end_turn(turn: Turn, *, suspend: Suspend, store: Store, clock: Clock, within_s: float) -> bool:
+async def end_turn(
+    turn: Turn, *, suspend: Suspend, store: Store, stop: StopState, clock: Clock, within_s: float
+) -> bool:
     """Store and publish the decided end, or suspend the turn, as was decided.
 
     Returns False, and does nothing, if another task does so or has done so.
+
+    Where this process has its turns on a lease, another one may have ended the turn. So an end that the store has not
+    taken waits for the store, up to :data:`UNTOLD_MAX_S`, but not in a stop. Then it is published only if this process
+    is certain of its turns; else the turn is left without an end, and so it is once this process has lost its turns.
 
     Args:
         within_s: How long the store may take. An end that is not stored by then is published as not stored.
@@ -84,20 +96,56 @@ async def end_turn(turn: Turn, *, suspend: Suspend, store: Store, clock: Clock, 
     if isinstance(turn.end, outcome.Suspended):
         await suspend(turn, within_s=within_s)
         return True
+    if store.standing.is_lost:
+        _publish(turn, None, stored=False, standing=store.standing)
+        return True
     texts = None
     with trio.CancelScope(deadline=trio.current_time() + within_s, shield=True):
         texts = await in_steps(turn.log.joined_texts())
     record = turn.finish(clock(), texts)
-    stored = False
-    # Shielded: every end is stored and published, also the end that a cancellation caused.
-    with (
-        trio.CancelScope(deadline=trio.current_time() + within_s, shield=True) as scope,
-        extended_when_late(scope, timeout_s=within_s),
-    ):
-        stored = await _keep(turn, record, store=store, clock=clock)
-    turn.conclude(record, stored=stored)
-    log_end(turn)
+
+    async def keep() -> bool:
+        # Shielded: every end is stored and published, also the end that a cancellation caused.
+        with (
+            trio.CancelScope(deadline=trio.current_time() + within_s, shield=True) as scope,
+            extended_when_late(scope, timeout_s=within_s),
+        ):
+            return await _keep(turn, record, store=store, clock=clock)
+        return False
+
+    stored = await keep()
+    try:
+        if store.standing.has_lease and not (stored or turn.is_lost):
+            stored = await _wait_kept(turn, keep, standing=store.standing, stop=stop)
+    finally:
+        _publish(turn, record, stored=stored or turn.stored, standing=store.standing)
     return True
+
+
+async def _wait_kept(turn: Turn, keep: Callable[[], Awaitable[bool]], *, standing: Standing, stop: StopState) -> bool:
+    """Wait until the store takes an end. Returns whether it did."""
+    logger.warning("the end of a turn waits for the store", turn_id=turn.id)
+    with trio.move_on_after(UNTOLD_MAX_S), stop.until(Phase.INTERRUPTING):
+        while True:
+            await standing.wait_beat()
+            if standing.is_lost:
+                return False
+            if await keep():
+                turn.stored = True
+                return True
+    return False if standing.is_lost else await keep()
+
+
+def _publish(turn: Turn, record: TurnRecord | None, *, stored: bool, standing: Standing) -> None:
+    """Publish an end; or leave the turn without one, where another process may have told another end."""
+    is_gone = turn.is_lost and not standing.is_lost  # with its session, say
+    turn.is_lost = turn.is_lost or (standing.is_lost and not stored)
+    if record is not None and (stored or is_gone or standing.is_certain):
+        turn.conclude(record, stored=stored)
+        log_end(turn)
+        return
+    turn.leave(record)
+    logger.warning("the end of a turn is not told: it may have another one", turn_id=turn.id, is_lost=turn.is_lost)
 
 
 def lose(turn: Turn) -> None:

@@ -56,7 +56,7 @@ class FenceLostError(StoreLostError):
     """Another owner has taken this one for dead."""
 
     def __init__(self) -> None:
-        super().__init__("This process was taken for dead, and its turns were ended; restart it.", retry_after_s=None)
+        super().__init__("This process was taken for dead, and lost its turns; it starts anew.", retry_after_s=1)
 
 
 class EpochPassedError(Exception):
@@ -70,9 +70,13 @@ class Ownership:
         me: This owner, once it has begun.
         is_lost: Whether another owner has taken this one for dead.
         committing: Held while a commit is in flight whose caller may leave: the next write waits for it.
+
+    Args:
+        on_lost: Called in any thread, perhaps twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_lost: Callable[[], None] | None = None) -> None:
+        self._on_lost = on_lost
         self.me = Me(0, b"")
         self.is_lost = False
         self.committing = threading.Lock()
@@ -141,9 +145,11 @@ class Ownership:
 
     def lose(self) -> None:
         if not self.is_lost:
+            if self._on_lost is not None:
+                self._on_lost()  # before other threads find that it is lost
             self.is_lost = True
             logger.error(
-                "another process has taken this one for dead: its turns were ended, and it writes no more; restart it",
+                "another process has taken this one for dead and has its turns: this one writes no more, and ends",
                 fence=self.me.fence,
             )
 
@@ -161,19 +167,23 @@ def _check_found(row: Row | None) -> None:
 class Observer:
     """Sees which other owners have died.
 
+    Args:
+        on_beat: Called for each beat of this owner that the database has answered, with the time at which it was sent.
+
     Attributes:
-        beats_at: When a beat of this owner was acknowledged last.
         lease_ends_in_s: How long after the last look the first lease of another owner ends, if its beats stand still;
             None if none does. A look at that moment finds the owner dead, and one with the next beat only later.
     """
 
-    def __init__(self, ownership: Ownership, monotonic: Monotonic) -> None:
+    def __init__(
+        self, ownership: Ownership, monotonic: Monotonic, *, on_beat: Callable[[float], None] | None = None
+    ) -> None:
         self.lease_ends_in_s: float | None = None
+        self._on_beat = on_beat
         self._ownership = ownership
         self._monotonic = monotonic
         self._seen: dict[tuple[int, bytes], tuple[int | None, float]] = {}
         self._looked_at = monotonic()
-        self.beats_at = monotonic()
 
     def run_once(self, db: Db) -> int:
         """Beat, and take over from the owners that have died. Returns how many.
@@ -191,7 +201,8 @@ class Observer:
         if (me.fence, me.nonce, False) not in {(fence, nonce, dead) for fence, nonce, _, dead in rows}:
             self._ownership.lose()
             return 0
-        self.beats_at = began_at
+        if self._on_beat is not None:
+            self._on_beat(began_at)
         if looked_at - self._looked_at >= GAP_S:
             seen = {}
         self._looked_at = looked_at

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import anyio
 import msgspec
 import psycopg
+import trio
 
 from service import store_capabilities
 from service.errors import ItemNotFoundError, StoreError
@@ -68,6 +69,7 @@ from service.storage.records import (
 )
 from service.storage.search import search_query, terms_of
 from service.storage.sql_thread import SqlThread, Step
+from service.storage.standing import Standing
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
 
 T = TypeVar("T")
@@ -117,6 +119,7 @@ class PostgresStore:
         ownership: This store among the owners of the database.
         writer: The writer, whose counts say how many steps shared a commit.
         observer: Beats, and looks for owners that have died.
+        standing: Lost once another owner has taken this one for dead.
     """
 
     capabilities = store_capabilities.POSTGRESQL
@@ -126,7 +129,9 @@ class PostgresStore:
     ) -> None:
         self.name = f"{shown_store_url(url)} (schema {schema_name})"
         self.peer_secret = b""
-        self.ownership = Ownership()
+        self.standing = Standing(lease_s=owners.LEASE_S, monotonic=monotonic)
+        self._token = trio.lowlevel.current_trio_token()
+        self.ownership = Ownership(on_lost=lambda: self._soon(self.standing.lose))
         self._url = url
         self._schema = schema_name
         self._address = address
@@ -151,11 +156,18 @@ class PostgresStore:
         # Two readers, so that the many short reads do not wait for a long one.
         self._looking = self._leaving("postgres reader", Reader(self._line(), self._faults))
         self._reading = self._leaving("postgres long reader", Reader(self._line(), self._faults))
-        self.observer = Observer(self.ownership, monotonic)
+        self.observer = Observer(
+            self.ownership, monotonic, on_beat=lambda at: self._soon(partial(self.standing.note_beat, at))
+        )
         self._beating = SqlThread("postgres beats", beats.Beats(self._line(), self.observer, self._faults))
         self._late_answers = LateAnswers(self._lines)
         self._has_suspended = False
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
+
+    def _soon(self, call: Callable[[], object]) -> None:
+        """Have a call made in the event loop. For the threads."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(call)
 
     def _line(self) -> Line:
         line = Line(self._url, self._schema, self._faults)

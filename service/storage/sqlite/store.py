@@ -65,6 +65,7 @@ from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.tree_changes import Progress
 from service.storage.sqlite.writer import Writer
+from service.storage.standing import Standing
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
 
 P = TypeVar("P", bound=Progress)
@@ -125,6 +126,7 @@ class SqliteStore:
 
     def __init__(self, path: str | Path, *, address: str | None, monotonic: Monotonic = time.monotonic) -> None:
         self.files = OpenFiles(path)
+        self.standing = Standing()
         self.name = f"sqlite:{self.files.path}"
         self._ownership = Ownership(self.files.path.with_name(f"{self.files.path.name}-owners"))
         self.writer = Writer(

@@ -11,6 +11,7 @@ from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_task import end_turn
 from service.settings import Settings
+from service.stop_state import StopState
 from service.storage.sqlite import open_sqlite_store
 from tests.longest_step import STEP_MAX_S, watching_steps
 from tests.sessions.puppet import Puppet
@@ -40,6 +41,7 @@ async def test_the_end_of_a_reply_in_pieces_of_one_byte_does_not_hold_the_event_
                     turn,
                     suspend=Suspensions(store, clock=lambda: T0).suspend,
                     store=store,
+                    stop=StopState(),
                     clock=lambda: T0,
                     within_s=60,
                 )

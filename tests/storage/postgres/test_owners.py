@@ -38,7 +38,7 @@ class Owners:
     def __init__(self, here: PostgresStore, there: PostgresStore, clock: Clock) -> None:
         self.here = here
         self.there = there
-        self._clock = clock
+        self.clock = clock
 
     async def rename(self, store: PostgresStore) -> None:
         """Give the fence of a store to another owner, as a failover may that has lost the store's row."""
@@ -52,7 +52,7 @@ class Owners:
         """Let time pass in steps, with a beat of the owner here after each. Returns how many it took for dead."""
         taken = 0
         for _ in range(round(seconds / step_s)):
-            self._clock.now_s += step_s
+            self.clock.now_s += step_s
             taken += await self.here.beat()
         return taken
 
@@ -92,7 +92,7 @@ async def test_the_next_look_comes_when_the_first_lease_ends(two: Owners) -> Non
     assert two.here.observer.lease_ends_in_s == pytest.approx(LEASE_S - 1.6), "seen 0.4 s after it was sent"
     for _ in range(LEASE_S - 2):
         assert await two.pass_time(1) == 0
-    two._clock.now_s += two.here.observer.lease_ends_in_s or 0
+    two.clock.now_s += two.here.observer.lease_ends_in_s or 0
     assert await two.here.beat() == 1
     assert two.here.observer.lease_ends_in_s is None
 
@@ -133,9 +133,9 @@ async def test_an_owner_that_was_taken_for_dead_writes_nothing_more(two: Owners)
     assert set(await two.there.checkpoint_turns([a_checkpoint("t", "Hel")])) == {"t"}
     assert not await two.there.start_turn("t", now=at(1))
     with capture_logs() as further:
-        with pytest.raises(StoreError, match="restart it") as refused:
+        with pytest.raises(StoreError, match="it starts anew") as refused:
             await two.there.create_session(a_session("new"), now=at(1))
-        assert refused.value.retry_after_s is None
+        assert refused.value.retry_after_s == 1
     assert [line["fence"] for line in (*log, *further)] == [two.there.fence], "it is logged once"
     assert await two.here.recover(now=at(1)) == 1
     assert await two.there.end_turn(ended(a_turn()), runs=said("Hi"), now=at(1)) is EndResult.LOST
@@ -147,6 +147,20 @@ async def test_an_owner_learns_at_its_next_beat_that_it_was_taken_for_dead(two: 
     assert not two.there.ownership.is_lost
     await two.there.beat()
     assert two.there.ownership.is_lost
+    with trio.fail_after(20):
+        await two.there.standing.lost.wait()
+    assert not two.there.standing.is_certain
+
+
+async def test_an_owner_is_certain_of_its_turns_for_half_a_lease_after_a_beat(two: Owners) -> None:
+    assert two.there.standing.is_certain
+    two.clock.now_s += LEASE_S / 2
+    assert not two.there.standing.is_certain
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(two.there.standing.wait_beat)
+            await two.there.beat()
+    assert two.there.standing.is_certain
 
 
 async def test_a_beat_within_each_lease_keeps_an_owner_alive(two: Owners) -> None:
