@@ -335,17 +335,24 @@ def crashed(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int,
 
 
 ATTEMPTS_MAX = 3
-"""How many processes may run a turn one after the other. If the last of them dies, the turn is interrupted."""
+"""The attempt whose crash interrupts a turn, because the turn may be the cause; so does a crash in a later one."""
+HANDED_OVER_ATTEMPTS_MAX = 8
+"""How many processes may run a turn one after the other if each stops in order, as in a rolling restart of replicas."""
 
 
 def resumes(turn: TurnRecord) -> bool:
-    """Whether an open turn may have another attempt if its process stops or dies. A queued turn has had none yet."""
+    """Whether an open turn may have another attempt if its process dies. A queued turn has had none yet."""
     return may_resume(turn.state, turn.on_interrupt, turn.attempt)
 
 
 def may_resume(state: TurnState, on_interrupt: OnInterrupt, attempt: int) -> bool:
     """:func:`resumes` of the fields that it looks at."""
     return on_interrupt != "fail" and (state == "queued" or attempt < ATTEMPTS_MAX)
+
+
+def is_handed_over(turn: TurnRecord) -> bool:
+    """Whether an open turn may have another attempt if its process stops in order."""
+    return turn.on_interrupt != "fail" and (turn.state == "queued" or turn.attempt < HANDED_OVER_ATTEMPTS_MAX)
 
 
 def seq_after_crash(attempt: int) -> int:

@@ -40,7 +40,7 @@ from service.sessions.turns.turn import RETURN_S, Turn
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.records import AdoptedTurn, SessionRecord, SuspendedTurn
-from service.storage.rules import ATTEMPTS_MAX
+from service.storage.rules import HANDED_OVER_ATTEMPTS_MAX
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
 
 T = TypeVar("T")
@@ -313,7 +313,7 @@ async def test_a_turn_that_waited_beyond_its_deadline_ends_without_a_model(autoj
 async def test_the_last_attempt_is_interrupted_by_a_stop(autojump_clock: MockClock) -> None:
     store = MemoryStore()
     turn_id = await suspended(store)
-    for attempt in range(2, ATTEMPTS_MAX + 1):
+    for attempt in range(2, HANDED_OVER_ATTEMPTS_MAX + 1):
         async with open_next(store) as stage:
             stage.clock.advance((attempt - 2) * SUSPENDED_S)
             await stage.sessions.adopt_waiting()
@@ -324,7 +324,7 @@ async def test_the_last_attempt_is_interrupted_by_a_stop(autojump_clock: MockClo
             assert turn.record().attempt == attempt
             await stage.puppet.next_reply()
             await suspend(stage)
-            assert turn.is_suspended == (attempt < ATTEMPTS_MAX)
+            assert turn.is_suspended == (attempt < HANDED_OVER_ATTEMPTS_MAX)
     async with open_stage(store) as stage:
         end = (await events_of(stage, turn_id))[-1]
         assert isinstance(end, TurnInterrupted)

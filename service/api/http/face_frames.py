@@ -44,8 +44,8 @@ from service.sessions.turns.turn import Watch
 from service.storage.records import Item, TurnRecord
 
 NUMBERS_PER_ATTEMPT = 1 << 28
-"""More frames than an attempt of a turn sends: the bounds of ``log_bytes_max`` keep its log below. The numbers of a
-third attempt fit in 32 bits all the same."""
+"""More frames than an attempt of a turn sends: the bounds of ``log_bytes_max`` keep its log below. The numbers of
+all attempts fit in 32 bits with a sign all the same."""
 _RESUMED = b": resumed\n\n"
 """What a stream says where a turn goes on: a comment, because clients know no event for it."""
 _HELD_PER_BYTE = 5

@@ -43,7 +43,7 @@ from service.storage.records import (
     TurnRecord,
     TurnState,
 )
-from service.storage.rules import resumes
+from service.storage.rules import is_handed_over
 
 RETURN_S = 5.0
 """How long a turn runs on after another process of this service has cut off its client: enough for some attempts of a
@@ -221,7 +221,7 @@ class Turn:
 
     def end_of_stop(self) -> outcome.Outcome | outcome.Suspended:
         """How the turn ends here if the process stops."""
-        return outcome.Suspended() if resumes(self._record) else outcome.Interrupted("shutdown")
+        return outcome.Suspended() if is_handed_over(self._record) else outcome.Interrupted("shutdown")
 
     def cut_short(self, end: outcome.Outcome | outcome.Suspended) -> bool:
         """Decide how the turn ends, and stop its work. For callers outside of the turn's task."""
