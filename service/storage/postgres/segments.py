@@ -26,27 +26,34 @@ BODY_BYTES_MAX = 4 * 1024 * 1024
 
 SEGMENT = "(SELECT last_value + is_called::int FROM {s}.segments_seq_seq)"
 """The first segment that a turn may be in which starts now: those of this owner come in the order of its writes."""
-SEGMENT_OF_NEW = f"CASE %(state)s WHEN 'queued' THEN 9223372036854775807 ELSE {SEGMENT} END"
+_NONE = 9223372036854775807  # the greatest bigint
+SEGMENT_OF_NEW = f"CASE %(state)s WHEN 'queued' THEN {_NONE} ELSE {SEGMENT} END"
 """The same for a new turn. One that waits needs no segment, and keeps none of the other turns from being dropped."""
 
 _DROP_OLD = (
     "DELETE FROM {s}.segments WHERE owner = %(owner)s "
-    "AND seq < coalesce((SELECT min(segment) FROM {s}.turns WHERE owner = %(owner)s{besides}), 9223372036854775807)"
+    f"AND seq < coalesce((SELECT min(segment) FROM {{s}}.turns WHERE owner = %(owner)s{{besides}}), {_NONE})"
 )
 DROP_OLD = _DROP_OLD.replace("{besides}", " AND id <> %(id)s")
 """A part of a statement: removes the segments of an owner that none of its open turns needs but the one that ends."""
-# A turn that is not this owner's open one has the key 0 there.
+# A turn that is not this owner's open one has the key 0 there. A checkpoint may overtake the start of its turn, which
+# another thread makes because of a lock: then the row of the turn gets this segment, and the start keeps it.
 _ADD = """
 WITH dropped AS ({drop_old}), given AS (
-    SELECT array_agg(coalesce(t.key, 0) ORDER BY it.n) AS turns, count(t.key) AS found
+    SELECT array_agg(coalesce(t.key, 0) ORDER BY it.n) AS turns, count(t.key) AS found,
+        array_agg(t.key) FILTER (WHERE t.segment = {none}) AS waiting
     FROM unnest(%(ids)s::text[]) WITH ORDINALITY AS it (id, n)
     LEFT JOIN {s}.turns AS t ON t.id = it.id AND t.owner = %(owner)s
 ), added AS (
     INSERT INTO {s}.segments (owner, turns, afters, ends, body)
     SELECT %(owner)s, given.turns, %(afters)s::bigint[], %(ends)s::int[], %(body)s FROM given WHERE found > 0
+    RETURNING seq
+), moved AS (
+    UPDATE {s}.turns SET segment = added.seq FROM added, given
+    WHERE turns.key = ANY(given.waiting) AND turns.owner = %(owner)s AND turns.segment > added.seq
 )
 SELECT turns FROM given
-""".replace("{drop_old}", _DROP_OLD.replace("{besides}", ""))
+""".replace("{drop_old}", _DROP_OLD.replace("{besides}", "")).replace("{none}", str(_NONE))
 _DROP_SOME = (
     "DELETE FROM {s}.segments WHERE owner = %(owner)s AND seq IN ("
     "SELECT seq FROM {s}.segments WHERE owner = %(owner)s ORDER BY seq LIMIT %(limit)s)"

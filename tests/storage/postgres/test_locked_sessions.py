@@ -1,7 +1,7 @@
 """A session that another one has locked: its writes wait, and no others do."""
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,8 @@ from service.storage.sql_thread import Step
 from tests.postgres_server import PostgresServer
 from tests.storage.conftest import OpenStore
 from tests.storage.postgres.locks import until_something_waits
-from tests.storage.rows import T0, a_session, a_turn, ended, said
+from tests.storage.rows import T0, a_session, a_turn, ended, said, told
+from tests.storage.test_store_owners import a_checkpoint
 
 WAIT_S = 30
 
@@ -114,6 +115,65 @@ async def test_of_ends_that_share_a_transaction_only_those_of_a_locked_session_w
                 await ends["free"].wait()
                 assert not ends["s"].is_set()
     assert results == {"s": EndResult.KEPT, "free": EndResult.KEPT}
+
+
+@contextmanager
+def locked_turn(postgres: PostgresServer, store: PostgresStore) -> Iterator[None]:
+    """Another process has locked the turn ``waits``."""
+    with psycopg.connect(postgres.url) as other:
+        other.execute(f"SELECT FROM {store._schema}.turns WHERE id = 'waits' FOR UPDATE".encode())
+        yield
+
+
+@pytest.fixture
+async def started(store: PostgresStore) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+    """Starts the turn ``waits``, which is queued; afterwards its growth must be readable."""
+    await store.begin_turn(a_turn("t", "s"), now=T0)
+    await store.begin_turn(a_turn("waits", "s", parent="t", state="queued"), now=T0)
+    yield partial(store.start_turn, "waits", now=T0)
+    await store.begin_turn(a_turn("free", "free"), now=T0)
+    await store.checkpoint_turns([a_checkpoint("waits", "lo", session="s", after=1)])  # drops what none needs
+    assert (await store.get_turn("s", "waits", now=T0)).state == "running"
+    assert await told(store, "s", "waits") == ["Hel", "lo"]
+
+
+async def test_a_checkpoint_that_overtakes_the_start_of_its_turn_is_read_afterwards(
+    store: PostgresStore, postgres: PostgresServer, handed_over: HandedOver, started: Callable[[], Awaitable[bool]]
+) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: Db) -> None:
+        hangs.set()
+        assert goes_on.wait(WAIT_S)
+
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store._changing.call, hang)
+            await trio.to_thread.run_sync(hangs.wait)
+            with locked_turn(postgres, store):
+                nursery.start_soon(started)
+                await handed_over.wait()
+            assert await store.checkpoint_turns([a_checkpoint("waits", "Hel", session="s")]) == []
+            goes_on.set()
+
+
+async def test_a_checkpoint_of_a_turn_whose_start_waits_for_a_lock_is_read_afterwards(
+    store: PostgresStore, postgres: PostgresServer, handed_over: HandedOver, started: Callable[[], Awaitable[bool]]
+) -> None:
+    lost: list[str] = []
+
+    async def checkpoint() -> None:
+        lost.extend(await store.checkpoint_turns([a_checkpoint("waits", "Hel", session="s")]))
+
+    with trio.fail_after(WAIT_S):
+        async with trio.open_nursery() as nursery:
+            with locked_turn(postgres, store):
+                nursery.start_soon(started)
+                await handed_over.wait()
+                nursery.start_soon(checkpoint)
+                await trio.testing.wait_all_tasks_blocked()
+                await until_something_waits(postgres)
+    assert lost == []
 
 
 @pytest.mark.parametrize("leaves", ["before it is handed over", "afterwards"])
