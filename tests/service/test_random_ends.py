@@ -131,7 +131,7 @@ async def test_turns_ended_at_random_moments_leave_nothing() -> None:
                 await one_turn(served, upstream, index, CAUSES[index % len(CAUSES)], ended)
 
     async with open_raw_server(upstream.behave) as server:
-        settings = Settings(store_url="memory:", model_url=server.url, model="any", next_token_timeout_s=0.3)
+        settings = Settings(store_url="memory:", model_url=server.url, model="any", next_token_timeout_s=1.5)
         async with serving(settings) as served:
             async with trio.open_nursery() as nursery:
                 for index in range(TURNS):
