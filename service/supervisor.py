@@ -123,7 +123,10 @@ async def open_service(
         )
         await nursery.start(expiry, name="expiry loop")
         await nursery.start(run_heartbeats, sessions.streams, name="heartbeat loop")
-        await nursery.start(partial(run_recovery, sessions, shared=store.capabilities.shared), name="recovery loop")
+        recovery = partial(
+            run_recovery, sessions, shared=store.capabilities.shared, woken=store.standing.taken_over.wait
+        )
+        await nursery.start(recovery, name="recovery loop")
         if store.capabilities.durable:
             checkpoints = partial(
                 run_checkpoints,

@@ -11,6 +11,20 @@ from collections.abc import Callable
 import trio
 
 
+class Bell:
+    """Wakes the one task that waits for it; at once, if it has rung since that task was last woken."""
+
+    def __init__(self) -> None:
+        self._rung = trio.Event()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    async def wait(self) -> None:
+        await self._rung.wait()
+        self._rung = trio.Event()
+
+
 class Standing:
     """The standing of an owner. An owner without a lease keeps its turns for as long as its process lives.
 
@@ -21,11 +35,13 @@ class Standing:
     Attributes:
         is_lost: Whether another owner has taken this one for dead. Any thread may read it.
         lost: Set when that is known.
+        taken_over: Rung each time this owner has taken another one for dead: its turns are to be recovered.
     """
 
     def __init__(self, *, lease_s: float | None = None, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.is_lost = False
         self.lost = trio.Event()
+        self.taken_over = Bell()
         self._lease_s = lease_s
         self._monotonic = monotonic
         self._beat_at = monotonic()

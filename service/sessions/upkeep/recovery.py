@@ -4,6 +4,7 @@ the turns that no process runs.
 Nothing waits for this loop.
 """
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import structlog
@@ -19,16 +20,21 @@ INTERVAL_S = 2.0
 
 
 async def run_recovery(
-    sessions: Sessions, *, shared: bool, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    sessions: Sessions,
+    *,
+    shared: bool,
+    woken: Callable[[], Awaitable[None]] = trio.sleep_forever,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Recover every two seconds, until cancelled.
+    """Recover every two seconds until cancelled, and besides whenever the loop is woken.
 
     Args:
         shared: Whether other processes, which may die, can use the same store.
+        woken: Waits for what ends a pause early: this process has taken another one for dead.
     """
     recover = partial(recover_once, sessions, shared=shared)
     task_status.started()
-    await run_every(INTERVAL_S, recover, name="recovery")
+    await run_every(INTERVAL_S, recover, name="recovery", woken=woken)
 
 
 async def recover_once(sessions: Sessions, *, shared: bool) -> None:

@@ -19,7 +19,13 @@ RUN_MAX_S = 600.0
 """Bound of one run. Each wait within a run has a shorter bound; without this one a forgotten bound would end a loop."""
 
 
-async def run_every(pause_s: float, run: Callable[[], Awaitable[float | None]], *, name: str) -> None:
+async def run_every(
+    pause_s: float,
+    run: Callable[[], Awaitable[float | None]],
+    *,
+    name: str,
+    woken: Callable[[], Awaitable[None]] = trio.sleep_forever,
+) -> None:
     """Call ``run`` again and again until cancelled. An error in it is logged, and the loop goes on.
 
     After a freeze the data that has arrived meanwhile is read before the next run.
@@ -27,10 +33,12 @@ async def run_every(pause_s: float, run: Callable[[], Awaitable[float | None]], 
     Args:
         run: May return the time of its next run, on Trio's clock, instead of ``pause_s`` after its end.
         name: The name of the loop in the log.
+        woken: Waits for what ends a pause early.
     """
     due_at = trio.current_time() + pause_s
     while True:
-        await trio.sleep_until(due_at)
+        with trio.move_on_at(due_at):
+            await woken()
         if trio.current_time() - due_at >= LATE_S:
             await trio.sleep(READING_S)
         next_at = await _run_once(run, name)

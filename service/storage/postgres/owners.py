@@ -169,6 +169,7 @@ class Observer:
 
     Args:
         on_beat: Called for each beat of this owner that the database has answered, with the time at which it was sent.
+        on_taken: Called after each take-over.
 
     Attributes:
         lease_ends_in_s: How long after the last look the first lease of another owner ends, if its beats stand still;
@@ -176,9 +177,15 @@ class Observer:
     """
 
     def __init__(
-        self, ownership: Ownership, monotonic: Monotonic, *, on_beat: Callable[[float], None] | None = None
+        self,
+        ownership: Ownership,
+        monotonic: Monotonic,
+        *,
+        on_beat: Callable[[float], None] | None = None,
+        on_taken: Callable[[], None] | None = None,
     ) -> None:
         self.lease_ends_in_s: float | None = None
+        self._on_taken = on_taken
         self._on_beat = on_beat
         self._ownership = ownership
         self._monotonic = monotonic
@@ -225,6 +232,8 @@ class Observer:
         if not db.execute(_TAKE_OVER, values).rowcount:
             return False
         logger.warning("a process that shares the database has died", fence=fence)
+        if self._on_taken is not None:
+            self._on_taken()
         return True
 
 

@@ -157,7 +157,10 @@ class PostgresStore:
         self._looking = self._leaving("postgres reader", Reader(self._line(), self._faults))
         self._reading = self._leaving("postgres long reader", Reader(self._line(), self._faults))
         self.observer = Observer(
-            self.ownership, monotonic, on_beat=lambda at: self._soon(partial(self.standing.note_beat, at))
+            self.ownership,
+            monotonic,
+            on_beat=lambda at: self._soon(partial(self.standing.note_beat, at)),
+            on_taken=lambda: self._soon(self.standing.taken_over.ring),
         )
         self._beating = SqlThread("postgres beats", beats.Beats(self._line(), self.observer, self._faults))
         self._late_answers = LateAnswers(self._lines)

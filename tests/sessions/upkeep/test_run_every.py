@@ -16,6 +16,7 @@ from service.sessions.events.streams import Streams
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.run_every import RUN_MAX_S, run_every
 from service.stop_state import StopState
+from service.storage.standing import Bell
 
 
 class Runs:
@@ -127,3 +128,20 @@ async def test_each_silent_stream_is_woken_when_its_own_silence_is_over(autojump
         await trio.sleep(60)
         nursery.cancel_scope.cancel()
     assert woken_at == {"first": 15, "second": 19, "third": 19, "late": 26}
+
+
+async def test_what_a_loop_is_woken_by_ends_a_pause_and_the_next_one_counts_from_there(
+    autojump_clock: MockClock,
+) -> None:
+    bell = Bell()
+    runs = Runs(partial(trio.sleep, 1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_every, 10, runs.run, name="a name", woken=bell.wait))
+        await trio.sleep(4)
+        bell.ring()
+        bell.ring()
+        await trio.sleep(0.5)
+        bell.ring()  # in a run, which may have passed what has happened now
+        await trio.sleep(20)
+        nursery.cancel_scope.cancel()
+    assert runs.begun_at == [4, 5, 15]

@@ -10,6 +10,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import pytest
 import trio
+import trio.testing
 from structlog.testing import capture_logs
 
 from service.errors import OwnedElsewhereError, StoreError
@@ -82,6 +83,25 @@ async def test_an_owner_whose_beats_stand_still_for_a_lease_is_dead(two: Owners)
     assert await two.pass_time(1) == 1
     assert await two.here.recover(now=at(1)) == 1
     assert await _state_of(two.here) == "interrupted"
+
+
+async def test_a_take_over_is_told_at_once_and_once(two: Owners) -> None:
+    told = 0
+
+    async def count() -> None:
+        nonlocal told
+        while True:
+            await two.here.standing.taken_over.wait()
+            told += 1
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            for seconds, taken in ((LEASE_S - 1, 0), (1, 1), (2, 1)):
+                await two.pass_time(seconds)
+                await trio.testing.wait_all_tasks_blocked()
+                assert told == taken
+            nursery.cancel_scope.cancel()
 
 
 async def test_the_next_look_comes_when_the_first_lease_ends(two: Owners) -> None:
