@@ -53,6 +53,9 @@ _AT_START: tuple[tuple[str, str], ...] = (
     ("No such file or directory", "no server listens there; start PostgreSQL, or correct store_url"),
     ("timeout expired", "the server does not answer"),
     ("certificate verify failed", "the server's certificate is not trusted; see sslmode and sslrootcert"),
+    # A path ends with a quote there, and an address with its port.
+    ('" failed: Permission denied', "this process may not open the server's socket; see unix_socket_permissions"),
+    ("failed: Permission denied", "this machine does not let this process connect there"),
     ("permission denied", "the user of store_url may not do this; let it create a schema, or make the schema for it"),
 )
 

@@ -11,6 +11,7 @@ import trio
 from service.errors import StartupError
 from service.settings import Settings
 from service.storage.postgres import durability, open_postgres_store, schema
+from service.storage.postgres.faults import startup_error
 from service.supervisor import open_service
 from tests.postgres_server import PASSWORD, PostgresServer
 from tests.storage.postgres.locks import until_something_waits
@@ -108,6 +109,29 @@ async def test_a_server_that_is_not_there_is_said_so(tmp_path: object) -> None:
     for place in (f"@/lastcall?host={tmp_path}", "@127.0.0.1:1/lastcall"):
         assert "no server listens there" in await _refusal(f"postgresql://lastcall{place}")
     assert "there is no host of this name" in await _refusal("postgresql://lastcall@no-such-host.invalid/lastcall")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            'connection to server on socket "/run/postgresql/.s.PGSQL.5432" failed: Permission denied',
+            "this process may not open the server's socket; see unix_socket_permissions",
+        ),
+        (
+            'connection to server at "192.0.2.1", port 5432 failed: Permission denied',
+            "this machine does not let this process connect there",
+        ),
+        (
+            'connection to server at "192.0.2.1", port 5432 failed: FATAL: permission denied for database "d"',
+            "the user of store_url may not do this; let it create a schema",
+        ),
+        ("permission denied for database lastcall", "the user of store_url may not do this; let it create a schema"),
+    ],
+)
+def test_a_place_that_may_not_be_opened_is_told_from_a_missing_privilege(line: str, words: str) -> None:
+    error = psycopg.OperationalError(f"connection is bad: {line}\n\tIs the server running locally?")
+    assert f"The place cannot be used: {words}" in str(startup_error("The place", error))
 
 
 async def test_a_parameter_that_the_driver_does_not_know_is_named(postgres: PostgresServer) -> None:
