@@ -86,6 +86,7 @@ class ApiKeys:
             if told != self._told:
                 logger.warning("the changed API keys cannot be used: the keys stay as they were", error=told)
             self._told = told
+            self._watched.note_unread()
             return
         self._told = ""
         mask_secrets_of(settings)

@@ -25,6 +25,13 @@ class WatchedFiles:
         """Note that the files are about to be read as they are now."""
         self._read = _look_at(self.files)
 
+    def note_unread(self) -> None:
+        """Note that the files could not be used: :meth:`have_changed` tells them again, also if they stay as they are.
+
+        The cause may lie elsewhere: no descriptor was left, or a certificate is not valid yet.
+        """
+        self._read = None
+
     def have_changed(self) -> bool:
         """Look at the files once. Whether they have changed since they were read, and not since the last look.
 

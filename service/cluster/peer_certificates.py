@@ -101,6 +101,7 @@ class PeerCertificates:
                     valid_until=self.valid_until.isoformat(),
                 )
             self._told = str(error)
+            self._watched.note_unread()
             return
         self._told, self._warned_at = "", 1.0
         self._say("the changed certificate for other replicas is in force")

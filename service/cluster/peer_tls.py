@@ -28,7 +28,11 @@ SEND_PIECE_BYTES = 64 * 1024
 GOODBYE_BYTES_MAX = 256 * 1024
 """Bytes that are read and dropped before a close: the kernel resets a connection that closes with unread bytes."""
 HELLO_BYTES_MAX = 16 * 1024
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 2), (socket.TCP_KEEPINTVL, 1), (socket.TCP_KEEPCNT, 3))
+KEEPALIVE = tuple(
+    (getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)  # macOS has another name for the first one
+)
 """An idle connection whose peer has vanished breaks after 5 s: 2 s without a byte, and 3 probes a second apart."""
 UNHEARD_S = 5.0
 """How long a peer may acknowledge nothing of what was sent."""

@@ -3,16 +3,19 @@
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import trio
 from structlog.testing import capture_logs
 
+from service.cluster import peer_certificates
 from service.cluster.peer_certificates import PeerCertificates
 from service.cluster.peer_tls import TlsStream
 from service.errors import PeerUntrustedError, SettingsError
 from service.settings import Settings
-from tests.cluster.certificates import peer_certificates, peer_files
+from tests.cluster.certificates import peer_certificates as certificates_in
+from tests.cluster.certificates import peer_files
 
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -101,6 +104,25 @@ def replace(files: dict[str, str], other: dict[str, str], *names: str) -> None:
     for name in names or files:
         shutil.copy(other[name], files[name] + ".new")
         Path(files[name] + ".new").replace(files[name])
+
+
+async def test_a_changed_certificate_that_could_not_be_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not be valid yet, or no descriptor was left."""
+    files = peer_files(tmp_path / "it")
+    certificates = opened(files)
+    before = certificates.server
+    replace(files, peer_files(tmp_path / "later", not_before=NOW - DAY, not_after=NOW + 1000 * DAY))
+    with monkeypatch.context() as patched, capture_logs() as logs:
+        patched.setattr(peer_certificates, "_read", Mock(side_effect=SettingsError("peer_cafile cannot be read")))
+        await settle(certificates)
+        await settle(certificates)
+    assert [it["error"] for it in logs if it["log_level"] == "warning"] == ["peer_cafile cannot be read"]
+    assert certificates.server is before
+    await certificates.look()
+    assert certificates.server is not before
+    assert certificates.valid_until.year != 3000
 
 
 async def test_a_changed_certificate_is_in_force_once_all_of_it_is_there(tmp_path: Path) -> None:
@@ -216,6 +238,6 @@ async def test_authorities_are_changed_under_load_without_a_refused_connection(t
                 while any(met[it] < since[it] + 2 for it in names):  # noqa: ASYNC110  in the other tasks' own time
                     await trio.sleep(0.001)
         nursery.cancel_scope.cancel()
-    old = peer_certificates(tmp_path / "old", trusts=("ours", "next"))
+    old = certificates_in(tmp_path / "old", trusts=("ours", "next"))
     with pytest.RaisesGroup(PeerUntrustedError, flatten_subgroups=True):
         await meet(old, running["one"])

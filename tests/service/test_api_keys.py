@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -13,6 +14,7 @@ from structlog.typing import EventDict
 
 from service.api.app import attach, create_app, detach
 from service.api_keys import ApiKeys, Caller
+from service.errors import SettingsError
 from service.settings import MASK, read_sources
 from service.supervisor import open_service
 from service.telemetry.logging import configure_logging, current_layout
@@ -123,6 +125,18 @@ async def test_a_broken_file_leaves_the_keys_as_they_were_and_is_told_once(
     files["config"].write_text(whole[0])
     files["keys"].write_text(NEW)
     assert await look(keys, times=8) == [None, ANN]
+
+
+async def test_a_changed_file_that_could_not_be_opened_is_read_again(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = open_keys()
+    await look(keys)
+    files["keys"].write_text(NEW)
+    with monkeypatch.context() as patched:
+        patched.setattr(keys, "_read_sources", Mock(side_effect=SettingsError("Too many open files")))
+        assert await look(keys) == [ANN, None]
+    assert await look(keys, times=1) == [None, ANN]
 
 
 async def test_keys_of_the_environment_never_change(files: Files, autojump_clock: object) -> None:
