@@ -377,8 +377,8 @@ def released(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int
 def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> AdoptedTurn:
     """A suspended turn after its adoption, with the event of its resumption.
 
-    The model goes on after a text. Where the reply ended in something else, in reasoning, in a call or in white space,
-    the next attempt begins anew.
+    The model goes on after a text. Where the reply ended in something else, in reasoning or in white space, the next
+    attempt begins anew. So it does where the reply has a call, whole or not: what the model goes on from is a text.
 
     Args:
         turn: The turn with its output so far.
@@ -388,8 +388,7 @@ def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> Adopte
     if turn.state == "queued":
         return AdoptedTurn(turn=turn, runs=tuple(runs))
     seq, attempt = turn.last_seq + 1, turn.attempt + 1
-    last = turn.output[-1] if turn.output else None
-    if continues and turn.on_interrupt == "continue" and last and last.type == "message" and last.text.strip():
+    if continues and turn.on_interrupt == "continue" and _goes_on(turn.output):
         kept, output = list(runs), turn.output
         event = Resumed(seq, attempt, "continue", text_length(output))
     else:
@@ -398,6 +397,12 @@ def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> Adopte
         event = Resumed(seq, attempt, "retry")
     adopted = msgspec.structs.replace(turn, attempt=attempt, last_seq=seq, output=output)
     return AdoptedTurn(turn=adopted, runs=(*kept, resumed_run(event)))
+
+
+def _goes_on(output: Sequence[Item]) -> bool:
+    """Whether a model may go on after an output: it ends in a text, and has no call."""
+    ends_in_text = bool(output) and output[-1].type == "message" and bool(output[-1].text.strip())
+    return ends_in_text and not any(item.type == "function_call" for item in output)
 
 
 def check_takes_turns(session: SessionRecord) -> None:

@@ -224,6 +224,30 @@ async def test_a_reply_that_ended_in_reasoning_or_in_a_call_is_not_continued(aut
             assert [item.type for item in record.output] == ["message"]
 
 
+async def test_a_reply_with_a_call_before_its_text_is_not_continued_and_each_call_has_its_own_arguments(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, CONTINUES)
+        reply.call("call_1", '{"a": 1}')
+        reply.say("So far")
+        await wait_all_tasks_blocked()
+        await suspend(stage)
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", turn.id)
+        reply = await other.puppet.next_reply()
+        assert reply.request.prefix == ""
+        reply.call("call_2", '{"b"', ": 2}", name="g")
+        reply.finish("tool_calls")
+        told = await read_all(log)
+        watch.release()
+        assert kinds(told)[:2] == ["turn.started", "turn.resumed"]
+        record = await other.sessions.get_turn("s", turn.id)
+        assert [(item.call_id, item.text) for item in record.output] == [("call_2", '{"b": 2}')]
+
+
 async def test_reasoning_before_the_text_stays_and_new_reasoning_is_an_item_of_its_own(
     autojump_clock: MockClock,
 ) -> None:

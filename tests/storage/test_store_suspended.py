@@ -329,6 +329,7 @@ CALLED = Item(id="c", type="function_call", role="assistant", text='{"a"', call_
         ((), "retry"),
         ((REASONING,), "retry"),
         ((MESSAGE, CALLED), "retry"),
+        ((msgspec.structs.replace(CALLED, text="{}"), MESSAGE), "retry"),
         ((MESSAGE, REASONING), "retry"),
         ((msgspec.structs.replace(MESSAGE, text=" \n"),), "retry"),
     ],

@@ -60,7 +60,7 @@ class Reply:
         self._items: list[_Growing] = []
         self._current: dict[Literal["message", "reasoning"], int] = {}  # the items that texts of a kind continue
         self._calls: list[int] = []  # the items of the calls
-        self._restored_items = self._restored_bytes = 0
+        self._restored_items = self._restored_calls = self._restored_bytes = 0
 
     def __repr__(self) -> str:
         return f"<Reply: {len(self._items)} items, {self.length} code points>"
@@ -68,7 +68,7 @@ class Reply:
     def restore(self, items: Sequence[Item]) -> None:
         """Take over the items of an earlier process, whose events are in the log: a text goes on in its message.
 
-        Reasoning does not go on: it begins a new item.
+        Reasoning does not go on: it begins a new item. A call does not either: the model numbers its calls anew.
         """
         for index, item in enumerate(items):
             self._items.append(_Growing(msgspec.structs.replace(item, text=""), 0))
@@ -84,7 +84,7 @@ class Reply:
                     self.bytes += utf8_length(item.text)
             if item.encrypted:
                 self.bytes += size_of(EncryptedReasoning(item.encrypted, item.upstream))
-        self._restored_items, self._restored_bytes = len(items), self.bytes
+        self._restored_items, self._restored_calls, self._restored_bytes = len(items), len(self._calls), self.bytes
 
     @property
     def begun(self) -> bool:
@@ -117,7 +117,7 @@ class Reply:
                 item_id = reply_item_id("function_call", self._turn_id, index)
                 return TurnCall(seq=seq, item=index, id=item_id, call_id=call_id, name=name)
             case ArgumentsDelta(number, text):
-                return TurnArguments(seq=seq, item=self._calls[number], text=text)
+                return TurnArguments(seq=seq, item=self._calls[self._restored_calls + number], text=text)
             case EncryptedReasoning():
                 return None
 

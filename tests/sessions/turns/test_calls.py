@@ -9,9 +9,19 @@ from trio.testing import MockClock
 
 from service.errors import ResumeConflictError
 from service.ids import new_item_id
-from service.models.client import FunctionCall, FunctionCallOutput, FunctionTool, Message, Tools
+from service.models.client import (
+    ArgumentsDelta,
+    CallOpened,
+    FunctionCall,
+    FunctionCallOutput,
+    FunctionTool,
+    Message,
+    Tools,
+)
 from service.sessions.commands import NewSession, NewTurn, text_input
+from service.sessions.events.event_log import EventLog
 from service.sessions.events.events import TurnArguments, TurnCall, TurnDelta, TurnReasoning
+from service.sessions.turns import reply as turn_reply
 from service.sessions.turns.prompt import BEGINNING_LEFT_OUT
 from service.sessions.turns.turn import Turn
 from service.storage.records import Item, LeftOut, TurnRecord
@@ -266,3 +276,17 @@ async def test_the_line_of_a_turns_end_counts_its_calls(
 
 def test_what_is_left_out_is_said_in_words_that_no_model_takes_for_the_users() -> None:
     assert BEGINNING_LEFT_OUT.startswith("[")
+
+
+def test_the_calls_of_a_model_are_told_apart_from_those_of_an_earlier_process() -> None:
+    log = EventLog(bytes_max=1000)
+    reply = turn_reply.Reply(log, "t")
+    earlier = Item(id="c", type="function_call", role="assistant", text='{"a": 1}', call_id="call_1", name="f")
+    reply.restore([earlier, Item(id="m", role="assistant", text="So far")])
+    opened = CallOpened(0, "call_2", "g", "")
+    call = reply.event_of(opened)
+    assert isinstance(call, TurnCall)
+    reply.note(opened, call, 0)
+    arguments = reply.event_of(ArgumentsDelta(0, "{}"))
+    assert isinstance(arguments, TurnArguments)
+    assert (call.item, arguments.item, reply.calls) == (2, 2, 2)
