@@ -152,7 +152,8 @@ class PeerListener:
     """The listener for other processes. Made by :func:`open_peer_listener`.
 
     Args:
-        nursery: Runs the loops that accept connections, until the listener closes.
+        nursery: Runs the loops that accept connections and opens those, until the listener closes. Hypercorn's
+            nursery runs the connections with a proof.
 
     Attributes:
         address: The address that the store tells the other processes.
@@ -207,7 +208,7 @@ class PeerListener:
                 nursery.start_soon(partial(run_every, LOOK_INTERVAL_S, certificates.look, name="certificate loop"))
 
     async def _accept(self, door: trio.socket.SocketType, open_stream: "OpenStream") -> None:
-        """Accept connections, of which a bounded number may be without a proof. Each is served by a task of its own."""
+        """Accept connections, of which a bounded number may be without a proof. Each is opened by a task of its own."""
         while True:
             await self._opening.acquire()
             try:
@@ -220,30 +221,36 @@ class PeerListener:
             except BaseException:
                 self._opening.release()
                 raise
-            try:
-                self._worker.server_nursery.start_soon(self._serve, accepted, open_stream, name="peer")
-            except RuntimeError:  # hypercorn has stopped
-                self._opening.release()
-                accepted.close()
+            # Not in hypercorn's nursery: its stop would wait for clients that say nothing.
+            self._nursery.start_soon(self._open, accepted, open_stream, name="peer that opens")
 
-    async def _serve(self, accepted: trio.socket.SocketType, open_stream: "OpenStream") -> None:
-        """Serve one connection that was accepted, up to its end; its beats go on in a task of their own."""
-        with accepted:
-            opened = None
-            try:
-                with trio.move_on_after(OPENING_S):
-                    opened = await open_stream(accepted)
-            except (PeerUntrustedError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-                self._note_refused(error)
-            finally:
-                self._opening.release()
-            if opened is None:
-                return
-            if opened.purpose == "beats":
+    async def _open(self, accepted: trio.socket.SocketType, open_stream: "OpenStream") -> None:
+        """Open one connection that was accepted, and have it served by another task."""
+        opened = None
+        try:
+            with trio.move_on_after(OPENING_S):
+                opened = await open_stream(accepted)
+        except (PeerUntrustedError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            self._note_refused(error)
+        finally:
+            self._opening.release()
+            if opened is None or opened.stream.socket is not accepted:
+                accepted.close()
+        if opened is None:
+            return
+        if opened.purpose == "beats":
+            with opened.stream.socket:
                 self._start_beats(opened.stream)
-            else:
-                with opened.stream.socket:
-                    await self._serve_requests(opened.stream)
+            return
+        try:
+            self._worker.server_nursery.start_soon(self._serve, opened.stream, name="peer")
+        except RuntimeError:  # hypercorn has stopped
+            opened.stream.socket.close()
+
+    async def _serve(self, stream: PeerStream) -> None:
+        """Serve one connection of the service, up to its end."""
+        with stream.socket:
+            await self._serve_requests(stream)
 
     async def _serve_requests(self, stream: PeerStream) -> None:
         worker = self._worker

@@ -39,8 +39,9 @@ ACCEPTED = b"HTTP/1.1 103 \r\nlocation: /sessions/s/turns/t\r\n\r\nHTTP/1.1 200 
 class Scene:
     """A listener, and a replica that connects to it."""
 
-    def __init__(self, listener: PeerListener, certificates: PeerCertificates) -> None:
+    def __init__(self, listener: PeerListener, certificates: PeerCertificates, hypercorn: trio.Nursery) -> None:
         self.listener = listener
+        self.hypercorn = hypercorn
         address = PeerAddress.parse(listener.address)
         self.port = address.port
         self.instance = address.instance
@@ -93,7 +94,7 @@ async def open_scene(folder: Path) -> AsyncIterator[Scene]:
             ) as listener:
                 assert listener is not None
                 listener.take_peers(SECRET, fence=FENCE)
-                scenes.append(Scene(listener, peer_certificates(folder / "replica")))
+                scenes.append(Scene(listener, peer_certificates(folder / "replica"), nursery))
                 yield scenes[0]
             nursery.cancel_scope.cancel()
 
@@ -110,6 +111,17 @@ async def test_clients_that_say_nothing_hold_up_a_replica_for_a_bounded_time(
         for client in silent:
             with suppress(trio.BrokenResourceError):
                 assert await client.receive_some() == b"", "its time is over"
+            await client.aclose()
+
+
+async def test_a_stop_of_hypercorn_waits_for_no_client_without_a_proof(tmp_path: Path) -> None:
+    async with open_scene(tmp_path) as scene:
+        silent = [await trio.open_tcp_stream("127.0.0.1", scene.port) for _ in range(4)]
+        await silent[0].send_all(b"\x16\x03\x01\x02")  # the begin of a ClientHello
+        async with await scene.connect() as stream:
+            assert (await scene.ask(stream)).startswith(ACCEPTED)  # accepted after all of the silent ones
+            assert [it.name for it in scene.hypercorn.child_tasks] == ["peer"]
+        for client in silent:
             await client.aclose()
 
 

@@ -94,6 +94,25 @@ async def test_a_connection_ends_in_the_worker_that_it_is_for(tmp_path: Path) ->
     assert secret_of(tmp_path).hex() not in log
 
 
+async def test_clients_that_say_nothing_do_not_make_a_stop_unclean(tmp_path: Path) -> None:
+    files = peer_files(tmp_path / "certificates")
+    store = f"sqlite:{tmp_path}/lastcall.db"
+    async with open_host(tmp_path, SERVE, store_url=store, peer_bind="127.0.0.1:0", **files) as server:
+        with trio.fail_after(CAP_S):
+            (address,) = owners(tmp_path).values()
+            silent = [await trio.open_tcp_stream(address.host, address.port) for _ in range(20)]
+            await silent[0].send_all(b"\x16\x03\x01\x02")  # the begin of a ClientHello
+            async with await Replica(tmp_path).connect(address, "beats") as beats:  # accepted after the silent ones
+                assert await beats.receive_some() == b"."
+            server.signal_main(signal.SIGTERM)
+            gone = await server.wait_gone()
+            for client in silent:
+                await client.aclose()
+        assert gone.exit_code == 0
+        (report,) = [json.loads(it) for it in server.log().splitlines() if '"tasks_left"' in it]
+    assert (report["tasks_left"], report["faults"]) == (0, [])
+
+
 async def refuses_what_is_for_another(replica: Replica, found: dict[int, PeerAddress]) -> None:
     (fence, address), (other_fence, other) = found.items()
     gone = PeerAddress(instance=f"lastcall-{32 * '0'}", host=address.host, port=address.port, place=ELSEWHERE)
