@@ -57,7 +57,7 @@ def so_far(turn: TurnRecord, *texts: str, after: int = 0, runs: Sequence[Run] = 
     )
 
 
-async def _begin(store: Store, *turns: TurnRecord) -> None:
+async def begin(store: Store, *turns: TurnRecord) -> None:
     for session in dict.fromkeys(turn.session_id for turn in turns):
         await store.create_session(a_session(session), now=T0)
     for turn in turns:
@@ -67,7 +67,7 @@ async def _begin(store: Store, *turns: TurnRecord) -> None:
 async def _suspended(store: Store, *texts: str, **changes: Any) -> SuspendedTurn:
     """A session with one turn, which is suspended."""
     turn = a_lasting_turn(**changes)
-    await _begin(store, turn)
+    await begin(store, turn)
     it = so_far(turn, *texts)
     assert list(await store.suspend_turns([it], now=at(1))) == []
     return it
@@ -104,7 +104,7 @@ async def test_a_suspended_turn_is_open_and_shows_what_it_has_said(store: Store)
 
 async def test_a_suspended_turn_follows_on_its_checkpoints(store: Store) -> None:
     turn = a_lasting_turn()
-    await _begin(store, turn)
+    await begin(store, turn)
     await store.checkpoint_turns([msgspec.structs.replace(a_checkpoint("t", "He"), runs=(*BEGINNING, *said("He")))])
     await store.checkpoint_turns([a_checkpoint("t", "xx", "y", after=2)])  # the answer to this call is lost
     it = so_far(turn, "He", "l", "lo", after=2)
@@ -115,7 +115,7 @@ async def test_a_suspended_turn_follows_on_its_checkpoints(store: Store) -> None
 
 async def test_suspended_turns_of_many_sessions_go_in_one_call_and_those_that_are_lost_are_named(store: Store) -> None:
     turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(5)]
-    await _begin(store, *turns)
+    await begin(store, *turns)
     await store.end_turn(ended(turns[3]), runs=said("Hi"), now=T0)
     never = a_lasting_turn("never", "s0")
     asked = [so_far(turn, f"text {turn.id}") for turn in (*turns, never)]
@@ -152,7 +152,7 @@ async def test_a_long_reply_and_any_text_are_kept(store: Store) -> None:
 async def test_a_reply_of_many_megabytes_is_suspended_adopted_and_ended(store: Store) -> None:
     texts = [f"{n:06}" * 1000 for n in range(400)]
     turn = a_lasting_turn()
-    await _begin(store, turn)
+    await begin(store, turn)
     first = msgspec.structs.replace(a_checkpoint("t", *texts[:3]), runs=(*BEGINNING, *said(*texts[:3])))
     await store.checkpoint_turns([first])
     it = so_far(turn, *texts, after=4)
@@ -199,7 +199,7 @@ async def test_a_key_of_an_earlier_call_counts_before_all_else(store: Store) -> 
 
 async def test_what_is_open_refuses_changes_and_the_rest_of_the_session_takes_them(store: Store) -> None:
     first = a_turn("first")
-    await _begin(store, first)
+    await begin(store, first)
     await store.end_turn(ended(first), runs=said("Hi"), now=T0)
     side = a_turn("side", parent="first")
     await store.begin_turn(side, now=T0)
@@ -254,7 +254,7 @@ async def test_a_session_is_deleted_with_its_suspended_turns(store: Store) -> No
 
 async def test_the_sessions_that_wait_longest_are_listed_first(store: Store) -> None:
     turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(4)]
-    await _begin(store, *turns)
+    await begin(store, *turns)
     for moment, n in enumerate((2, 0, 3, 1)):
         await store.suspend_turns([so_far(turns[n])], now=at(moment))
     assert list(await store.list_suspended(limit=10, idle_since=at(2))) == ["s2", "s0", "s3"]
@@ -269,7 +269,7 @@ async def test_the_sessions_that_wait_longest_are_listed_first(store: Store) -> 
 
 async def test_a_turn_that_continues_keeps_its_reply_and_its_events(store: Store) -> None:
     it = await _suspended(store, "Hel", "lo", usage=Usage(input_tokens=3, output_tokens=2), attempt=1)
-    (adopted,) = await _adopt(store)
+    (adopted,) = await _adopt(store, continues=lambda turn: turn == it.turn)
     resumption = resumed_run(Resumed(4, 2, "continue", 5))
     assert adopted.turn == msgspec.structs.replace(it.turn, attempt=2, last_seq=4)
     assert adopted.runs == (*it.runs, resumption)
@@ -299,7 +299,7 @@ async def test_a_turn_that_begins_anew_has_only_its_beginning(
     store: Store, on_interrupt: OnInterrupt, continues: bool
 ) -> None:
     turn = a_lasting_turn(on_interrupt=on_interrupt)
-    await _begin(store, turn)
+    await begin(store, turn)
     await store.suspend_turns([so_far(turn, "Hel", "lo", runs=(Run(QUEUED), Run(STARTED)))], now=T0)
     (adopted,) = await _adopt(store, continues=lambda _: continues)
     resumption = resumed_run(Resumed(5, 2, "retry", 0))
@@ -336,7 +336,7 @@ CALLED = Item(id="c", type="function_call", role="assistant", text='{"a"', call_
 )
 async def test_only_a_text_is_continued(store: Store, output: tuple[Item, ...], mode: str) -> None:
     turn = a_lasting_turn()
-    await _begin(store, turn)
+    await begin(store, turn)
     runs = [Run(STARTED)]
     for index, item in enumerate(output):
         runs += [Run(CALL - index)] if item.type == "function_call" else []
@@ -353,7 +353,7 @@ async def test_only_a_text_is_continued(store: Store, output: tuple[Item, ...], 
 
 async def test_a_queued_turn_stays_as_it_is(store: Store) -> None:
     running, queued = a_lasting_turn(), a_lasting_turn("q", state="queued", parent="t", started_at=None)
-    await _begin(store, running, queued)
+    await begin(store, running, queued)
     waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
     assert list(await store.suspend_turns([waiting, so_far(running, "Hi")], now=T0)) == []
     first, second = await _adopt(store)
@@ -385,7 +385,7 @@ async def test_an_adopted_turn_is_suspended_and_adopted_again(store: Store) -> N
 
 async def test_an_adoption_whose_answer_was_lost_is_told_again(store: Store) -> None:
     queued = a_lasting_turn("q", state="queued", parent="t", started_at=None)
-    await _begin(store, a_lasting_turn(), queued)
+    await begin(store, a_lasting_turn(), queued)
     waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
     await store.suspend_turns([so_far(a_lasting_turn(), "Hi"), waiting], now=T0)
     adopted = list(await _adopt(store))
@@ -396,7 +396,7 @@ async def test_an_adoption_whose_answer_was_lost_is_told_again(store: Store) -> 
 
 async def test_there_is_nothing_to_adopt_where_no_turn_is_suspended(store: Store) -> None:
     assert list(await _adopt(store, "never")) == []
-    await _begin(store, a_turn())
+    await begin(store, a_turn())
     assert list(await _adopt(store)) == []
     await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0)
     assert list(await _adopt(store)) == []
@@ -405,7 +405,7 @@ async def test_there_is_nothing_to_adopt_where_no_turn_is_suspended(store: Store
 
 async def test_while_an_owner_has_another_open_turn_the_session_is_its_own(store: Store) -> None:
     fails, lasts = a_turn("f"), a_lasting_turn()
-    await _begin(store, fails, lasts)
+    await begin(store, fails, lasts)
     await store.suspend_turns([so_far(lasts, "Hi")], now=T0)
     assert list(await store.list_suspended(limit=9, idle_since=at(9))) == []
     assert await store.end_turn(ended(fails), runs=said("Hi"), now=at(1)) is EndResult.KEPT
@@ -424,7 +424,7 @@ async def test_while_an_owner_has_another_open_turn_the_session_is_its_own(store
 async def test_another_owner_adopts_what_an_owner_has_suspended(open_shared: OpenStore) -> None:
     queued = a_lasting_turn("q", state="queued", parent="t", started_at=None)
     async with open_shared() as here, open_shared() as there:
-        await _begin(there, a_lasting_turn(), queued)
+        await begin(there, a_lasting_turn(), queued)
         with pytest.raises(OwnedElsewhereError):
             await _adopt(here)
         waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
@@ -452,7 +452,7 @@ async def test_another_owner_adopts_what_an_owner_has_suspended(open_shared: Ope
 
 async def test_of_many_that_adopt_at_once_one_gets_the_turns(open_shared: OpenStore) -> None:
     async with open_shared() as store:
-        await _begin(store, *(a_lasting_turn(f"t{n}", f"s{n}") for n in range(10)))
+        await begin(store, *(a_lasting_turn(f"t{n}", f"s{n}") for n in range(10)))
         await store.suspend_turns([so_far(a_lasting_turn(f"t{n}", f"s{n}"), "Hi") for n in range(10)], now=T0)
     adopted: list[str] = []
     refused: list[str] = []
@@ -483,7 +483,7 @@ async def test_recovery_suspends_the_turns_that_may_have_another_attempt_and_end
     usage = Usage(input_tokens=3, output_tokens=2)
     lasting = a_lasting_turn("lasting", "s1")
     async with open_shared() as store:
-        await _begin(store, a_turn("fails", "s1"), lasting, a_lasting_turn("last", "s2", attempt=rules.ATTEMPTS_MAX))
+        await begin(store, a_turn("fails", "s1"), lasting, a_lasting_turn("last", "s2", attempt=rules.ATTEMPTS_MAX))
         queued = a_lasting_turn("queued", "s1", state="queued", started_at=None, attempt=rules.ATTEMPTS_MAX)
         await store.begin_turn(queued, now=T0)
         for session_id, turn in (("s1", "fails"), ("s1", "lasting"), ("s2", "last")):
@@ -524,7 +524,7 @@ async def test_recovery_suspends_the_turns_that_may_have_another_attempt_and_end
 
 async def test_a_turn_that_crashed_before_its_first_checkpoint_begins_anew(open_shared: OpenStore) -> None:
     async with open_shared() as store:
-        await _begin(store, a_lasting_turn())
+        await begin(store, a_lasting_turn())
     async with open_shared() as store:
         assert await store.recover(now=at(2)) == 0
         (adopted,) = await _adopt(store)
@@ -535,7 +535,7 @@ async def test_a_turn_that_crashed_before_its_first_checkpoint_begins_anew(open_
 
 async def test_a_turn_that_crashes_at_each_attempt_is_interrupted_after_the_last(open_shared: OpenStore) -> None:
     async with open_shared() as store:
-        await _begin(store, a_lasting_turn())
+        await begin(store, a_lasting_turn())
     seqs = [0]
     for attempt in range(2, rules.ATTEMPTS_MAX + 1):
         async with open_shared() as store:
@@ -579,7 +579,7 @@ async def test_an_adopted_turn_crashes_with_all_that_was_kept_of_it(open_shared:
 async def test_a_turn_that_was_adopted_while_it_waited_keeps_its_seqs_over_a_crash(open_shared: OpenStore) -> None:
     queued = a_lasting_turn(state="queued", started_at=None)
     async with open_shared() as store:
-        await _begin(store, queued)
+        await begin(store, queued)
         waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
         await store.suspend_turns([waiting], now=T0)
     async with open_shared() as store:
@@ -601,7 +601,7 @@ async def test_what_would_be_suspended_is_in_the_way_of_a_turn_and_nothing_else(
     first = a_turn("first")
     async with open_shared() as here:
         async with open_shared() as dying:
-            await _begin(dying, first)
+            await begin(dying, first)
             await dying.end_turn(ended(first), runs=said("Hi"), now=T0)
             await dying.begin_turn(a_turn("side", parent="first"), now=T0)
             await dying.begin_turn(msgspec.structs.replace(a_lasting_turn(), parent="first"), now=T0)
@@ -622,7 +622,7 @@ async def test_what_would_be_suspended_is_in_the_way_of_a_turn_and_nothing_else(
 async def test_a_session_is_deleted_whose_turns_an_owner_that_is_gone_has_left(open_shared: OpenStore) -> None:
     async with open_shared() as here:
         async with open_shared() as dying:
-            await _begin(dying, a_lasting_turn(), a_lasting_turn("t2", "s2"))
+            await begin(dying, a_lasting_turn(), a_lasting_turn("t2", "s2"))
         await here.mark_deleted("s", now=at(1))
         await here.remove_deleted("s")
         with pytest.raises(SessionNotFoundError):
@@ -636,7 +636,7 @@ async def test_a_session_is_deleted_whose_turns_an_owner_that_is_gone_has_left(o
 
 async def test_an_owner_that_was_taken_for_dead_cannot_suspend_a_turn_that_was_adopted(open_shared: OpenStore) -> None:
     async with open_shared() as zombie:
-        await _begin(zombie, a_lasting_turn())
+        await begin(zombie, a_lasting_turn())
         await take_for_dead(zombie)
         async with open_shared() as store:
             await _adopt(store)
@@ -650,7 +650,7 @@ async def test_a_crash_in_a_session_with_suspended_turns_leaves_it_to_the_next(o
     """The owner dies after it has suspended some turns of a session, and before the ends of the others."""
     fails, lasts = a_turn("f"), a_lasting_turn()
     async with open_shared() as store:
-        await _begin(store, fails, lasts)
+        await begin(store, fails, lasts)
         await store.suspend_turns([so_far(lasts, "Hi")], now=T0)
     async with open_shared() as store:
         assert list(await store.list_suspended(limit=9, idle_since=at(9))) == []

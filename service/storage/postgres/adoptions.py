@@ -8,7 +8,7 @@ import msgspec
 from service.storage import rules
 from service.storage.pieces import last_seq, text_of
 from service.storage.postgres import event_pages, segments, sessions
-from service.storage.postgres.connections import Db, Me
+from service.storage.postgres.connections import Cursor, Db, Me
 from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.segments import SEGMENT
 from service.storage.postgres.turn_rows import TURN_COLUMNS, turn_of, values_of
@@ -16,10 +16,9 @@ from service.storage.records import AdoptedTurn, Checkpoint, TurnRecord
 
 _OPEN = (
     f"SELECT t.key, t.owner, t.segment, {TURN_COLUMNS} FROM {{s}}.turns AS t "
-    f"WHERE t.session = %(session)s AND t.owner IN ({NOBODY}, %(owner)s) ORDER BY t.ordinal"
+    "WHERE t.session = (SELECT key FROM {s}.sessions WHERE id = %(session)s) "
+    f"AND t.owner IN ({NOBODY}, %(owner)s) ORDER BY t.ordinal"
 )
-_FIELDS_BEFORE = 3
-"""The columns of ``_OPEN`` before those of a turn."""
 _TAKE = (
     f"UPDATE {{s}}.turns SET owner = %(owner)s, segment = {SEGMENT}, last_seq = %(last_seq)s, "
     "message_items = %(message_items)s, message_bytes = %(message_bytes)s, text_bytes = %(text_bytes)s, "
@@ -37,25 +36,44 @@ def adopt(
     continues: Callable[[TurnRecord], bool],
     running: Collection[str],
 ) -> Sequence[AdoptedTurn]:
-    """As :meth:`~service.storage.store.Store.adopt_turns` says."""
-    kept = sessions.find(db, session_id, lock=True)
+    """As :meth:`~service.storage.store.Store.adopt_turns` says.
+
+    After a stop many sessions come at once, each with a step of its own. So a step reads in one go, and writes in one.
+    """
+    with db.pipeline():
+        locked = sessions.send_lock(db, session_id)
+        sent = _send(db, session_id, me)
+    kept = sessions.stored_of(locked)
     if kept is None or kept.is_deleted or not kept.record.open_turns:
         return []
-    sessions.settle(db, kept, me, now)
+    if sessions.settle(db, kept, me, now):
+        with db.pipeline():
+            sent = _send(db, session_id, me)
+    found, pages = sent[0].fetchall(), event_pages.suspended_of(sent[1])
     adopted: list[AdoptedTurn] = []
     taken: dict[int, AdoptedTurn] = {}
-    for key, owner, segment, *columns in db.execute(_OPEN, {"session": kept.key, "owner": me.fence}).fetchall():
+    for key, owner, segment, *columns in found:
+        turn, _ = turn_of(session_id, tuple(columns))
         if owner == NOBODY:
-            turn = event_pages.record_of(db, session_id, tuple(columns))
-            taken[key] = rules.resumed(turn, event_pages.runs_of(db, key), continues=continues(turn))
+            waits = pages.get(key, event_pages.Kept())
+            turn = waits.told_of(turn)
+            taken[key] = rules.resumed(turn, waits.runs, continues=continues(turn))
             adopted.append(taken[key])
-        elif columns[0] not in running:
-            it = _taken(db, key, turn_of(session_id, tuple(columns))[0], owner=owner, segment=segment)
+        elif turn.id not in running:
+            it = _taken(db, key, turn, owner=owner, segment=segment)
             if it.turn.on_interrupt != "fail":
                 adopted.append(it)
     if taken:
         _take(db, kept.key, taken, me)
     return adopted
+
+
+def _send(db: Db, session_id: str, me: Me) -> tuple[Cursor, Cursor]:
+    """Ask for the open turns of a session, and for what is kept of those that are suspended."""
+    return (
+        db.execute(_OPEN, {"session": session_id, "owner": me.fence}),
+        event_pages.send_suspended(db, session_id),
+    )
 
 
 def _take(db: Db, session: int, adopted: dict[int, AdoptedTurn], me: Me) -> None:
@@ -67,7 +85,7 @@ def _take(db: Db, session: int, adopted: dict[int, AdoptedTurn], me: Me) -> None
             db.execute(_TAKE, values | {"key": key, "owner": me.fence})
         db.execute(_OWN, (me.fence, session))
         event_pages.drop(db, list(adopted))
-    segments.keep(db, [_checkpoint(it) for it in adopted.values() if it.runs], me)
+        segments.keep(db, [_checkpoint(it) for it in adopted.values() if it.runs], me)
 
 
 def _checkpoint(adopted: AdoptedTurn) -> Checkpoint:

@@ -10,7 +10,7 @@ from service.storage.event_rows import ROW_LENGTH_MAX, page_in_turn, page_of_row
 from service.storage.item_json import items_of
 from service.storage.pieces import Run
 from service.storage.postgres import segments
-from service.storage.postgres.connections import Db
+from service.storage.postgres.connections import Cursor, Db
 from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.rows import Row
 from service.storage.postgres.turn_rows import json_of, settings_json, settings_of, turn_of
@@ -30,6 +30,10 @@ _FROM = (
 )
 _TEXTS = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(%s::bigint[]) ORDER BY turn, after"
 _RUNS = "SELECT runs FROM {s}.event_pages WHERE turn = %s ORDER BY after"
+_OF_SUSPENDED = (
+    "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(ARRAY(SELECT t.key FROM {s}.turns AS t "
+    f"WHERE t.session = (SELECT key FROM {{s}}.sessions WHERE id = %s) AND t.owner = {NOBODY})) ORDER BY turn, after"
+)
 _DROP = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
 _ADD = (
     "INSERT INTO {s}.event_pages (turn, after, runs, text) "
@@ -79,6 +83,39 @@ def _rows_of(key: int, turn: TurnRecord, runs: Sequence[Run]) -> Iterator[tuple[
 def runs_of(db: Db, key: int) -> list[Run]:
     """All events of a turn whose texts are in pages."""
     return pieces.join(run for (packed,) in db.execute(_RUNS, (key,)) for run in pieces.unpack(packed))
+
+
+class Kept(msgspec.Struct):
+    """The events and the texts of a turn whose texts are in pages.
+
+    Attributes:
+        texts: The texts, each with the index of its output item.
+    """
+
+    runs: list[Run] = msgspec.field(default_factory=list)
+    texts: list[tuple[int, str]] = msgspec.field(default_factory=list)
+
+    def told_of(self, turn: TurnRecord) -> TurnRecord:
+        """The turn with its texts."""
+        return msgspec.structs.replace(turn, output=rules.with_texts(turn.output, self.texts))
+
+
+def send_suspended(db: Db, session_id: str) -> Cursor:
+    """Ask, in a pipeline, for the pages of a session's suspended turns; :func:`suspended_of` takes the result."""
+    return db.execute(_OF_SUSPENDED, (session_id,))
+
+
+def suspended_of(sent: Cursor) -> dict[int, Kept]:
+    """What is kept of the suspended turns of a session, by their keys."""
+    found: dict[int, Kept] = {}
+    for key, packed, text in sent:
+        kept = found.setdefault(key, Kept())
+        runs = pieces.unpack(packed)
+        kept.runs += runs
+        kept.texts += pieces.texts_by_item(runs, text.decode())
+    for kept in found.values():
+        kept.runs = pieces.join(kept.runs)
+    return found
 
 
 def drop(db: Db, keys: Sequence[int]) -> None:

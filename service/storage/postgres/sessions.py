@@ -115,13 +115,18 @@ def visible(db: Db, session_id: str, now: datetime, *, lock: bool = False) -> St
 
 
 def send_lock(db: Db, session_id: str) -> Cursor:
-    """Lock a session, as the first statement of a pipeline; :func:`visible_of` takes the result."""
+    """Lock a session, as the first statement of a pipeline; :func:`visible_of`, :func:`stored_of` take the result."""
     return db.execute(_GET_AND_LOCK, (session_id,))
+
+
+def stored_of(sent: Cursor) -> StoredSession | None:
+    """The session that :func:`send_lock` has locked, in any state, unless it is removed."""
+    return _stored(sent.fetchone())
 
 
 def visible_of(session_id: str, sent: Cursor, now: datetime) -> StoredSession:
     """The session that :func:`send_lock` has locked. Raises: SessionNotFoundError."""
-    return _visible(session_id, _stored(sent.fetchone()), now)
+    return _visible(session_id, stored_of(sent), now)
 
 
 def _visible(session_id: str, kept: StoredSession | None, now: datetime) -> StoredSession:

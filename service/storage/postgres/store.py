@@ -522,7 +522,9 @@ class PostgresStore:
         return await self._look(lambda db: suspensions.list_page(db, limit=limit, idle_since=idle_since))
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
-        return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))
+        # Without the texts it is one statement.
+        read = lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts)  # noqa: E731
+        return await self._looking.call(read, shares=not with_texts)
 
     async def get_reply(self, session_id: str, turn_id: str, *, now: datetime) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_input=False))
