@@ -351,6 +351,21 @@ async def test_only_a_text_is_continued(store: Store, output: tuple[Item, ...], 
     assert list(adopted.runs[:-1]) == (runs if mode == "continue" else [Run(STARTED)])
 
 
+async def test_a_turn_that_was_suspended_while_its_start_was_on_its_way_is_resumed(store: Store) -> None:
+    queued = a_lasting_turn(state="queued", started_at=None)
+    await _begin(store, queued)
+    started = msgspec.structs.replace(queued, state="running", started_at=at(1))
+    it = so_far(started, runs=(Run(QUEUED), Run(STARTED)))
+    for _ in range(2):  # the outcome of the first call may be unknown
+        assert list(await store.suspend_turns([it], now=at(1))) == []
+        assert not await store.start_turn("t", now=at(2)), "the start arrives late"
+        assert await store.get_turn("s", "t", now=at(2)) == it.turn
+    (adopted,) = await _adopt(store)
+    assert adopted.turn == msgspec.structs.replace(started, attempt=2, last_seq=3)
+    assert adopted.runs == (Run(QUEUED), Run(STARTED), resumed_run(Resumed(3, 2, "retry", 0)))
+    assert await store.get_turn("s", "t", now=at(5)) == adopted.turn
+
+
 async def test_a_queued_turn_stays_as_it_is(store: Store) -> None:
     running, queued = a_lasting_turn(), a_lasting_turn("q", state="queued", parent="t", started_at=None)
     await begin(store, running, queued)

@@ -23,6 +23,8 @@ _BYTES_AT_ONCE = 4 * 1024 * 1024
 
 _TYPES = {
     "id": "text",
+    "state": "text",
+    "started_at": "bigint",
     "last_seq": "bigint",
     "message_bytes": "bigint",
     "message_items": "int",

@@ -19,6 +19,8 @@ from service.storage.turn_options import may_resume
 
 _COLUMNS = (
     "owner",
+    "state",
+    "started_at",
     "last_seq",
     "usage",
     "left_out",
