@@ -353,7 +353,7 @@ async def test_only_a_text_is_continued(store: Store, output: tuple[Item, ...], 
 
 async def test_a_turn_that_was_suspended_while_its_start_was_on_its_way_is_resumed(store: Store) -> None:
     queued = a_lasting_turn(state="queued", started_at=None)
-    await _begin(store, queued)
+    await begin(store, queued)
     started = msgspec.structs.replace(queued, state="running", started_at=at(1))
     it = so_far(started, runs=(Run(QUEUED), Run(STARTED)))
     for _ in range(2):  # the outcome of the first call may be unknown
