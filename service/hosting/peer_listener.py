@@ -20,8 +20,8 @@ import os
 import select
 import socket
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -50,9 +50,11 @@ from service.watched_files import LOOK_INTERVAL_S
 logger = structlog.get_logger("lastcall.cluster")
 
 OPENING_MAX = 256
-"""Bound on the connections that have been accepted and have not proved yet that they come from the service."""
+"""Bound, for each door, on the connections that were accepted and have not proved yet that they are the service's."""
 OPENING_S = 5.0
-"""How long that may take, from the first byte to the proof."""
+"""How long that may take, from the accept to the proof."""
+OPENING_KEPT_S = 1.0
+"""How long it may take if the bound is reached: then the oldest connection gives way to the next one."""
 ACCEPT_PAUSE_S = 0.1
 WATCH_INTERVAL_S = 1.0
 REFUSALS_INTERVAL_S = 60.0
@@ -179,7 +181,6 @@ class PeerListener:
         self._connections = connections
         self._serving = serving
         self._nursery = nursery
-        self._opening = trio.Semaphore(OPENING_MAX)
         self._far: set[TlsStream] = set()
         self._refused, self._told_at = 0, -math.inf
         self._secret = b""
@@ -209,31 +210,27 @@ class PeerListener:
 
     async def _accept(self, door: trio.socket.SocketType, open_stream: "OpenStream") -> None:
         """Accept connections, of which a bounded number may be without a proof. Each is opened by a task of its own."""
+        openings = Openings()
         while True:
-            await self._opening.acquire()
+            await openings.wait_room()
             try:
                 accepted, _ = await door.accept()
             except OSError as error:  # no descriptor is left, or the client has gone already
-                self._opening.release()
                 logger.warning("a connection of another process could not be accepted", error=error.strerror)
                 await trio.sleep(ACCEPT_PAUSE_S)
                 continue
-            except BaseException:
-                self._opening.release()
-                raise
             # Not in hypercorn's nursery: its stop would wait for clients that say nothing.
-            self._nursery.start_soon(self._open, accepted, open_stream, name="peer that opens")
+            self._nursery.start_soon(self._open, accepted, open_stream, openings.begin(), name="peer that opens")
 
-    async def _open(self, accepted: trio.socket.SocketType, open_stream: "OpenStream") -> None:
+    async def _open(self, accepted: trio.socket.SocketType, open_stream: "OpenStream", opening: "Opening") -> None:
         """Open one connection that was accepted, and have it served by another task."""
         opened = None
         try:
-            with trio.move_on_after(OPENING_S):
+            with opening:
                 opened = await open_stream(accepted)
         except (PeerUntrustedError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             self._note_refused(error)
         finally:
-            self._opening.release()
             if opened is None or opened.stream.socket is not accepted:
                 accepted.close()
         if opened is None:
@@ -374,6 +371,46 @@ class PeerListener:
         reason = error.reason if isinstance(error, PeerUntrustedError) else "the client has gone"
         logger.warning("connections to peer_bind were not accepted", count=self._refused, reason=reason)
         self._refused, self._told_at = 0, now
+
+
+class Openings:
+    """The connections of one door that have no proof yet: a bounded number.
+
+    Each door has its own, because anybody in the network reaches the door for other replicas. If that one is full of
+    clients that say nothing, the oldest of them give way: a replica needs a small part of ``OPENING_KEPT_S``.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[trio.CancelScope, float] = {}
+        self._ended = trio.lowlevel.ParkingLot()
+
+    async def wait_room(self) -> None:
+        """Wait until one more may begin. Only one task may call this, and :meth:`begin`."""
+        while len(self._begun) >= OPENING_MAX:
+            oldest, begun_at = next(iter(self._begun.items()))
+            with trio.move_on_at(begun_at + OPENING_KEPT_S) as patience:
+                await self._ended.park()
+            if patience.cancelled_caught and oldest in self._begun:
+                oldest.cancel()
+                del self._begun[oldest]
+
+    def begin(self) -> "Opening":
+        scope = trio.CancelScope(deadline=trio.current_time() + OPENING_S)
+        self._begun[scope] = trio.current_time()
+        return self._until_ended(scope)
+
+    @contextmanager
+    def _until_ended(self, scope: trio.CancelScope) -> Iterator[None]:
+        try:
+            with scope:
+                yield
+        finally:
+            self._begun.pop(scope, None)
+            self._ended.unpark()
+
+
+Opening = AbstractContextManager[None]
+"""The time that a connection has for its proof."""
 
 
 class Opened(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from structlog.testing import capture_logs
@@ -21,7 +22,7 @@ from service.cluster.peer_certificates import PeerCertificates
 from service.cluster.peer_proof import prove_to_owner
 from service.cluster.peer_socket import socket_name
 from service.cluster.peer_tls import TlsStream
-from service.cluster.peer_transport import PeerTransport
+from service.cluster.peer_transport import PeerStream, PeerTransport
 from service.hosting import peer_listener
 from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.worker import Worker
@@ -49,12 +50,12 @@ class Scene:
         self.returns: list[bool] = []
         self._transport = PeerTransport(certificates)
 
-    async def connect(self) -> TlsStream:
+    async def connect(self) -> PeerStream:
         stream = await self._transport.connect(self.address)
-        assert isinstance(stream, TlsStream)
+        assert stream is not None
         return stream
 
-    async def ask(self, stream: TlsStream) -> bytes:
+    async def ask(self, stream: PeerStream) -> bytes:
         """Prove the secret, and send a request. Returns all up to the first bytes of the body."""
         assert await prove_to_owner(stream, SECRET, address=self.address)
         head = f"GET / HTTP/1.1\r\nhost: x\r\nlastcall-instance: {self.instance}\r\nlastcall-fence: {FENCE}\r\n\r\n"
@@ -114,6 +115,60 @@ async def test_clients_that_say_nothing_hold_up_a_replica_for_a_bounded_time(
             await client.aclose()
 
 
+async def test_clients_that_say_nothing_give_way_to_a_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_listener, "OPENING_MAX", 3)
+    monkeypatch.setattr(peer_listener, "OPENING_S", 10 * CAP_S)
+    monkeypatch.setattr(peer_listener, "OPENING_KEPT_S", 0.1)
+    async with open_scene(tmp_path) as scene:
+        silent = [await trio.open_tcp_stream("127.0.0.1", scene.port) for _ in range(8)]
+        async with await scene.connect() as stream:
+            assert (await scene.ask(stream)).startswith(ACCEPTED)
+        for client in silent[:5]:
+            with suppress(trio.BrokenResourceError):
+                assert await client.receive_some() == b"", "it gave way"
+        for client in silent:
+            await client.aclose()
+
+
+async def test_replicas_that_connect_at_the_same_time_do_not_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_listener, "OPENING_MAX", 2)
+    monkeypatch.setattr(peer_listener, "OPENING_KEPT_S", 10 * CAP_S)
+    answers: list[bytes] = []
+
+    async def ask(scene: Scene) -> None:
+        async with await scene.connect() as stream:
+            answers.append(await scene.ask(stream))
+
+    async with open_scene(tmp_path) as scene, trio.open_nursery() as nursery:
+        for _ in range(9):
+            nursery.start_soon(ask, scene)
+    assert [it.startswith(ACCEPTED) for it in answers] == [True] * 9
+
+
+@pytest.mark.parametrize("way", ["through the Unix socket", "handed over"])
+async def test_clients_that_say_nothing_hold_up_no_worker_of_the_same_replica(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_listener, "OPENING_MAX", 3)
+    monkeypatch.setattr(peer_listener, "OPENING_S", 10 * CAP_S)
+    monkeypatch.setattr(peer_listener, "OPENING_KEPT_S", 10 * CAP_S)
+    (tmp_path / "other").mkdir()
+    async with open_scene(tmp_path) as scene, open_scene(tmp_path / "other") as other:
+        silent = [await trio.open_tcp_stream("127.0.0.1", scene.port) for _ in range(6)]
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        if way == "handed over":
+            scene.address = scene.address.replace(f":{scene.port}/", f":{other.port}/")
+        else:
+            scene.address = scene.listener.address
+        for _ in range(3):
+            async with await scene.connect() as stream:
+                assert await prove_to_owner(stream, SECRET, address=scene.address)
+        for client in silent:
+            await client.aclose()
+
+
 async def test_a_stop_of_hypercorn_waits_for_no_client_without_a_proof(tmp_path: Path) -> None:
     async with open_scene(tmp_path) as scene:
         silent = [await trio.open_tcp_stream("127.0.0.1", scene.port) for _ in range(4)]
@@ -146,6 +201,7 @@ async def test_how_a_replica_ends_a_request_says_whether_its_client_has_left(
 ) -> None:
     monkeypatch.setattr(peer_listener, "WATCH_INTERVAL_S", 0.05)
     async with open_scene(tmp_path) as scene, await scene.connect() as stream:
+        assert isinstance(stream, TlsStream)
         assert (await scene.ask(stream)).startswith(ACCEPTED)
         if leaves == "says goodbye":
             stream.leave()
