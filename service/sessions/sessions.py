@@ -617,8 +617,14 @@ class Sessions:
         """
         await self._acceptance.make_way(session_id, new)
 
-    async def get_turn(self, session_id: str, turn_id: str, *, with_texts: bool = True) -> TurnRecord:
+    async def get_turn(
+        self, session_id: str, turn_id: str, *, with_texts: bool = True, is_client: bool = False
+    ) -> TurnRecord:
         """A turn with its text so far. Without ``with_texts`` the texts of a long output may be empty.
+
+        Args:
+            is_client: Whether the caller may be a client of the turn: if it was adopted, it waits some seconds for the
+                caller's next call.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
@@ -627,6 +633,8 @@ class Sessions:
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
         if turn is not None:
+            if is_client:
+                turn.watch_as_asking().release(client_returns=True)
             return turn.record()
         with self._answered_within():
             return await self._read_turn(session_id, turn_id, with_texts=with_texts)
@@ -658,13 +666,18 @@ class Sessions:
             raise TurnNotFoundError(turn_id)
         return session_id
 
-    async def wait_turn(self, session_id: str, turn_id: str) -> TurnRecord:
+    async def wait_turn(self, session_id: str, turn_id: str, *, is_client: bool = False) -> TurnRecord:
         """Wait for the end of a turn; returns the turn. Cancellation affects the caller only.
 
         A turn that this process leaves, because it stops, is returned as it stands then.
 
         A look, and no interest: the caller holds no watch, so that its leave does not end the turn, and the turn ends
-        for lack of clients while such a caller waits.
+        for lack of clients while such a caller waits. A turn that was adopted is different: its clients were sent
+        away, and wait like this.
+
+        Args:
+            is_client: Whether the caller may be a client of the turn: if it was adopted, it does not end for lack of
+                clients during this call, and some seconds after it.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
@@ -674,10 +687,13 @@ class Sessions:
         turn = await self._find_or_adopt(session_id, turn_id)
         if isinstance(turn, TurnRecord):
             return turn
+        watch = turn.watch_as_asking() if is_client else Watch(None)
         try:
             return await turn.wait_ended()
         except TurnMovedError:
             return turn.record()
+        finally:
+            watch.release(client_returns=True)
 
     async def list_turns(
         self,

@@ -388,6 +388,27 @@ async def test_a_turn_whose_client_does_not_come_back_is_cancelled_if_it_is_to_b
         assert trio.current_time() - at == pytest.approx(RETURN_S)
 
 
+async def test_an_adopted_turn_is_kept_running_by_a_call_that_waits_only_if_its_caller_may_be_a_client(
+    autojump_clock: MockClock,
+) -> None:
+    for is_client in (True, False):
+        store = MemoryStore()
+        async with open_stage(store) as stage:
+            await stage.sessions.create_session(NewSession(id="s"))
+            turn, watch = await stage.sessions.start_turn("s", NewTurn(text="Hi", on_interrupt="continue"))
+            await stage.puppet.next_reply()
+            await suspend(stage)
+            watch.release()
+        async with open_next(store) as other:
+            at = trio.current_time()
+            with trio.move_on_after(3 * RETURN_S):
+                await other.sessions.wait_turn("s", turn.id, is_client=is_client)
+            await other.sessions.get_turn("s", turn.id, is_client=is_client)
+            record = await other.sessions.wait_turn("s", turn.id)
+            assert (record.state, record.reason) == ("cancelled", "disconnected")
+            assert trio.current_time() - at == pytest.approx(4 * RETURN_S if is_client else RETURN_S)
+
+
 async def test_a_turn_whose_client_comes_back_runs_on_with_it(autojump_clock: MockClock) -> None:
     store = MemoryStore()
     turn_id = await suspended(

@@ -460,24 +460,30 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     as the turn stands then; look at `ended_at`, and ask again. A turn that begins to run is not waited for. Such a call
     only looks: it does not keep a turn from being cancelled when its last client leaves. It counts as a stream under
     `streams_max`.
+
+    A turn that goes on after its process has stopped or died (`on_interrupt`) has lost its clients. Each call by a
+    caller who may talk keeps it from being cancelled, while the call waits and for five seconds more.
     """
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
     wait_s = read_query(request, TurnQuery).wait
     service = current_service()
     if wait_s:
         allow_look(wait_s)
-    record = await service.sessions.get_turn(session_id, turn_id)
+    may_talk = "talk" in current_caller().may
+    record = await service.sessions.get_turn(session_id, turn_id, is_client=may_talk)
     if wait_s and record.is_open:
-        record = await _wait_for_end(service, session_id, turn_id, within_s=wait_s)
+        record = await _wait_for_end(service, session_id, turn_id, within_s=wait_s, is_client=may_talk)
     return await FACE.show(service, record)
 
 
-async def _wait_for_end(service: Service, session_id: str, turn_id: str, *, within_s: float) -> TurnRecord:
+async def _wait_for_end(
+    service: Service, session_id: str, turn_id: str, *, within_s: float, is_client: bool
+) -> TurnRecord:
     """Return a turn when it has ended, or after ``within_s`` as it stands."""
     take_slot(service)
     leave_at_end_of_input()
     with move_on_after(within_s):
-        return await service.sessions.wait_turn(session_id, turn_id)
+        return await service.sessions.wait_turn(session_id, turn_id, is_client=is_client)
     return await service.sessions.get_turn(session_id, turn_id)
 
 

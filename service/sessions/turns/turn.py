@@ -240,6 +240,14 @@ class Turn:
         self.deadlines.note_client()
         return Watch(self)
 
+    def watch_as_asking(self) -> "Watch":
+        """Take a watch of one who asks how the turn stands. The caller must release it with ``client_returns``.
+
+        An adopted turn has lost its clients through this service, and the one who asks may be one of them: such a watch
+        counts as a client. To any other turn the one who asks is nothing.
+        """
+        return self.watch() if self.was_adopted else Watch(None)
+
     def watch_as_reader(self) -> "Watch":
         """Take a watch of one who only reads: it does not count as a client. The caller must release it."""
         self._readers += 1

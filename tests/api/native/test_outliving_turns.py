@@ -3,16 +3,22 @@ what a client that comes back gets. The processes are services on one store, one
 
 from typing import Any
 
+import pytest
 import trio
 from structlog.testing import capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from service.api.http.callers import CALLER
+from service.api.http.proxy import PEER
+from service.sessions.turns.turn import RETURN_S
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from tests.api.inprocess import SSE, Api, Reply, open_api
 
 MODEL = "scripted:?tokens=30&rate=10&first_token_s=0"
 """A reply of 30 tokens, which takes three seconds."""
+SLOW = "scripted:?tokens=30&rate=1&first_token_s=0"
+"""The same reply in half a minute, which is longer than a turn waits for its clients."""
 WHOLE = "".join(f"{number} " for number in range(30))
 
 
@@ -27,10 +33,12 @@ async def ask(api: Api, replies: list[Reply], method: str, path: str, body: obje
     replies.append(await api.call(method, path, body, headers=headers))
 
 
-async def cut(body: dict[str, Any], *, after_s: float = 1.0, sse: bool = True, **settings: object) -> Reply:
+async def cut(
+    body: dict[str, Any], *, model: str = MODEL, after_s: float = 1.0, sse: bool = True, **settings: object
+) -> Reply:
     """The answer of a turn of session ``s`` whose process stops after some seconds."""
     replies: list[Reply] = []
-    async with open_api(model_url=MODEL, drain_timeout_s=0, **settings) as api, trio.open_nursery() as nursery:
+    async with open_api(model_url=model, drain_timeout_s=0, **settings) as api, trio.open_nursery() as nursery:
         await api.new_session(id="s")
         headers = SSE if sse else {}
         nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "Hi"} | body, **headers))
@@ -47,6 +55,15 @@ async def resumed(path: str, seen: int) -> list[dict[str, Any]]:
         reply = await api.call("GET", f"{path}/events", headers={"Last-Event-ID": str(seen)})
         assert reply.status == 200
         return reply.events
+
+
+async def ended(api: Api, path: str, query: str, *, pause_s: float, **passed_on: Any) -> Any:
+    """The turn once it has ended, for a client that asks for it again and again."""
+    while True:
+        turn = (await api.call("GET", f"{path}{query}", **passed_on)).json
+        if turn["ended_at"] is not None:
+            return turn
+        await trio.sleep(pause_s)
 
 
 def text_of(events: list[dict[str, Any]]) -> str:
@@ -106,6 +123,48 @@ async def test_a_call_that_waits_is_told_where_its_turn_is(autojump_clock: MockC
             "continue",
             2,
         )
+
+
+async def test_a_client_that_was_told_where_its_turn_is_keeps_it_running_while_it_asks(
+    autojump_clock: MockClock, shared: MemoryStore
+) -> None:
+    for query, pause_s in (("?wait=60", 0), ("?wait=4", 1), ("", 2)):
+        reply = await cut({"on_interrupt": "continue"}, model=SLOW, sse=False)
+        reply.problem(503, "turn_moved")
+        async with open_api(model_url=SLOW) as api:
+            began = trio.current_time()
+            turn = await ended(api, reply.headers["location"], query, pause_s=pause_s)
+            assert (turn["state"], turn["text"], turn["attempt"]) == ("completed", WHOLE, 2)
+            assert trio.current_time() - began > 2 * RETURN_S
+            await api.call("DELETE", "/sessions/s")
+
+
+async def test_a_client_that_asks_no_more_has_its_turn_cancelled_after_some_seconds(
+    autojump_clock: MockClock, shared: MemoryStore
+) -> None:
+    reply = await cut({"on_interrupt": "continue"}, model=SLOW, sse=False)
+    async with open_api(model_url=SLOW) as api:
+        path = reply.headers["location"]
+        asked = (await api.call("GET", f"{path}?wait=7")).json
+        assert asked["state"] == "running"
+        left_at = trio.current_time()
+        [turn] = api.service.sessions.open_turns()
+        record = await turn.wait_ended()
+        assert (record.state, record.reason) == ("cancelled", "disconnected")
+        assert trio.current_time() - left_at == pytest.approx(RETURN_S)
+
+
+async def test_a_caller_behind_another_process_keeps_its_turn_running_if_it_may_talk(
+    autojump_clock: MockClock, shared: MemoryStore
+) -> None:
+    """The other process passes the call on, and closes the connection in whatever way."""
+    for may, state in (("read talk", "completed"), ("read", "cancelled")):
+        reply = await cut({"on_interrupt": "continue"}, model=SLOW, sse=False)
+        async with open_api(model_url=SLOW) as api:
+            passed_on: dict[str, Any] = {"headers": {CALLER.decode(): f"{may};"}, "scope": {PEER: bool}}
+            turn = await ended(api, reply.headers["location"], "?wait=4", pause_s=1, **passed_on)
+            assert turn["state"] == state
+            await api.call("DELETE", "/sessions/s")
 
 
 async def test_a_call_that_is_repeated_with_its_key_gets_the_same_turn(

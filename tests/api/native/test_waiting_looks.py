@@ -62,9 +62,9 @@ async def test_a_wait_reads_nothing_meanwhile(autojump_clock: MockClock, monkeyp
     reads: list[float] = []
     get_turn = Sessions.get_turn
 
-    async def noted(self: Sessions, *ids: Any) -> Any:
+    async def noted(self: Sessions, *ids: Any, **options: Any) -> Any:
         reads.append(trio.current_time())
-        return await get_turn(self, *ids)
+        return await get_turn(self, *ids, **options)
 
     monkeypatch.setattr(Sessions, "get_turn", noted)
     async with open_api(model_url=SLOW) as api:
