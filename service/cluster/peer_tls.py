@@ -14,9 +14,11 @@ import os
 import socket
 import ssl
 import struct
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
+from functools import partial
 
 import trio
 
@@ -48,6 +50,28 @@ class PeerObject(ssl.SSLObject):
     """
 
     note_name: Callable[[str | None], None] | None = None
+
+    def do_handshake(self) -> None:
+        """As ssl's. A name that is not ASCII writes nothing to stderr, and fails the handshake.
+
+        ssl decodes the name before it calls ``sni_callback``. If that fails, ssl reports an error that no code can
+        catch, with a traceback and the bytes of the name, which anybody may choose.
+        Source: https://github.com/python/cpython/blob/v3.11.0/Modules/_ssl.c (``_servername_callback``)
+        """
+        report = sys.unraisablehook
+        sys.unraisablehook = partial(_report_all_but_names, report)
+        try:
+            super().do_handshake()
+        finally:
+            sys.unraisablehook = report
+
+
+def _report_all_but_names(
+    report: "Callable[[sys.UnraisableHookArgs], object]", error: "sys.UnraisableHookArgs"
+) -> None:
+    is_name = issubclass(error.exc_type, UnicodeDecodeError) and isinstance(error.object, bytes)
+    if not is_name:  # another thread's
+        report(error)
 
 
 def end_after_name(tls: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLContext) -> int | None:
@@ -86,7 +110,8 @@ async def read_hello(tcp: trio.socket.SocketType, context: ssl.SSLContext) -> tu
             continue
         except ssl.SSLError as error:
             if not names:
-                raise PeerUntrustedError(reason_of(error)) from error
+                is_name = error.reason == "CALLBACK_FAILED"  # see PeerObject
+                raise PeerUntrustedError("the name is not ASCII" if is_name else reason_of(error)) from error
         return hello, names[0] if names else None
 
 

@@ -1,6 +1,8 @@
 """The listener for other replicas in the test's own process: what it bounds, and whom it refuses."""
 
 import socket
+import ssl
+import sys
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -191,6 +193,32 @@ async def test_refused_connections_are_told_in_one_line(tmp_path: Path) -> None:
         lines = [it for it in told if it["log_level"] == "warning"]
         assert len(lines) == 1
         assert lines[0]["reason"] == "http request"
+
+
+async def test_a_name_that_is_not_ascii_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", reported.append)
+    async with open_scene(tmp_path) as scene:
+        with capture_logs() as told:
+            for name in (b"\xff\nLOGIN\xfe", b"lastcall-\xc3\xa9!"):
+                async with await trio.open_tcp_stream("127.0.0.1", scene.port) as client:
+                    await client.send_all(client_hello(name))
+                    with suppress(trio.BrokenResourceError):
+                        assert await client.receive_some() == b""
+    assert not reported
+    (line,) = [it for it in told if it["log_level"] == "warning"]
+    assert line["reason"] == "the name is not ASCII"
+    assert "LOGIN" not in str(line)
+
+
+def client_hello(name: bytes) -> bytes:
+    """The first message of a client that asks for this name."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    outgoing, stand_in = ssl.MemoryBIO(), "n" * len(name)
+    with suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=stand_in).do_handshake()
+    return outgoing.read().replace(stand_in.encode(), name)
 
 
 @pytest.mark.parametrize(
