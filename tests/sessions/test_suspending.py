@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import msgspec
 import pytest
@@ -37,11 +38,14 @@ from service.sessions.events.events import (
 )
 from service.sessions.sessions import SUSPENDED_S
 from service.sessions.turns.turn import RETURN_S, Turn
+from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.records import AdoptedTurn, SessionRecord, SuspendedTurn
 from service.storage.rules import HANDED_OVER_ATTEMPTS_MAX
+from service.storage.sqlite import open_sqlite_store
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
+from tests.storage.test_store_owners import take_for_dead
 
 T = TypeVar("T")
 
@@ -769,3 +773,125 @@ async def test_a_turn_whose_model_no_upstream_has_any_more_fails(autojump_clock:
         record = await sessions.wait_turn("s", turn_id)
         assert record.error is not None
         assert (record.state, record.error.code) == ("failed", "model_not_found")
+
+
+# A process that another one has taken for dead, and that goes on
+
+
+@asynccontextmanager
+async def taken_over(path: Path, new: NewTurn = CONTINUES) -> AsyncIterator[tuple[Stage, Turn, Reply, Stage, Reply]]:
+    """A turn of a process that was taken for dead, and goes on with it, as does another process; both on one file."""
+    with trio.fail_after(60):
+        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead)) as stage:
+            await stage.sessions.create_session(NewSession(id="s"))
+            turn, reply = await begun(stage, new, "Hel", "lo")
+            await checkpoint_turns(dead, [turn], store_timeout_s=10)
+            await take_for_dead(dead)
+            async with open_sqlite_store(path) as store, open_next(cast("MemoryStore", store)) as other:
+                await store.recover(now=other.clock())
+                _, watch = await other.sessions.open_events("s", turn.id)
+                with watch:
+                    yield stage, turn, reply, other, await other.puppet.next_reply()
+
+
+class Recorder:
+    """Counts the calls of a store's method in its place."""
+
+    calls = 0
+
+    async def __call__(self, *_: object, **__: object) -> Collection[str]:
+        self.calls += 1
+        await trio.lowlevel.checkpoint()
+        return []
+
+
+async def ends_told(turn: Turn, other: Stage, goes_on: Reply) -> list[str]:
+    """The terminal events that readers of both processes see, once the other process has ended the turn."""
+    goes_on.say(" there")
+    goes_on.finish()
+    told = [*await read_all(turn.log), *await events_of(other, turn.id)]
+    return [kind for kind in kinds(told) if kind in ("turn.completed", "turn.interrupted", "turn.cancelled")]
+
+
+async def test_a_process_that_was_taken_for_dead_tells_no_end_of_a_turn_that_goes_on_elsewhere(tmp_path: Path) -> None:
+    async with taken_over(tmp_path / "lastcall.db") as (stage, turn, reply, other, goes_on):
+        reply.say("!")
+        await wait_all_tasks_blocked()
+        asked = stage.store.suspend_turns = Recorder()  # type: ignore[method-assign]
+        await checkpoint_turns(stage.store, [turn], store_timeout_s=10)
+        with pytest.raises(TurnMovedError):
+            await turn.wait_ended()
+        assert asked.calls == 0, "there is nothing to give to the store"
+        assert reply.closed.is_set()
+        assert turn.log.is_moved
+        assert await ends_told(turn, other, goes_on) == ["turn.completed"]
+        assert (await other.sessions.get_turn("s", turn.id)).text == "Hello there"
+        told = stage.sessions.statistics()
+        assert (told.ends_not_stored, told.turns_suspended, stage.sessions.drain.is_idle) == (0, 1, True)
+
+
+async def test_an_end_that_comes_after_another_process_has_the_turn_is_not_told(tmp_path: Path) -> None:
+    async with taken_over(tmp_path / "lastcall.db") as (stage, turn, reply, other, goes_on):
+        reply.say("!")
+        reply.finish()
+        with pytest.raises(TurnMovedError):
+            await turn.wait_ended()
+        assert turn.log.is_moved
+        assert await ends_told(turn, other, goes_on) == ["turn.completed"]
+        assert (await other.sessions.get_turn("s", turn.id)).text == "Hello there"
+        assert stage.sessions.statistics().ends_not_stored == 0
+
+
+@pytest.mark.parametrize("is_noticed_by", ["checkpoint", "end"])
+async def test_an_end_is_told_once_where_another_process_has_ended_the_last_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noticed_by: str
+) -> None:
+    monkeypatch.setattr("service.storage.rules.ATTEMPTS_MAX", 1)
+    path = tmp_path / "lastcall.db"
+    with trio.fail_after(60):
+        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead)) as stage:
+            await stage.sessions.create_session(NewSession(id="s"))
+            turn, reply = await begun(stage, CONTINUES, "Hello")
+            await checkpoint_turns(dead, [turn], store_timeout_s=10)
+            await take_for_dead(dead)
+            async with open_sqlite_store(path) as store:
+                await store.recover(now=stage.clock())
+            if is_noticed_by == "end":
+                reply.finish()
+            else:
+                reply.say("!")
+                await wait_all_tasks_blocked()
+                await checkpoint_turns(dead, [turn], store_timeout_s=10)
+            told = await read_all(turn.log)
+            with pytest.raises(TurnMovedError):
+                await turn.wait_ended()
+            assert kinds(told)[-1] == "turn.delta"
+            assert kinds(await events_of(stage, turn.id, after=2)) == ["turn.interrupted"]
+
+
+async def test_a_turn_whose_session_another_process_has_deleted_has_its_end_told(tmp_path: Path) -> None:
+    async with taken_over(tmp_path / "lastcall.db") as (_, turn, reply, other, _goes_on):
+        await other.sessions.delete_session("s")
+        reply.finish()
+        record = await turn.wait_ended()
+        assert (record.state, record.stored) == ("completed", False)
+        assert not turn.log.is_moved
+
+
+async def test_a_queued_turn_that_another_process_has_does_not_start_and_ends_there(tmp_path: Path) -> None:
+    with trio.fail_after(60):
+        async with open_sqlite_store(tmp_path / "lastcall.db") as dead, open_stage(cast("MemoryStore", dead)) as stage:
+            await stage.sessions.create_session(NewSession(id="s"))
+            _, reply = await begun(stage, CONTINUES, "Hello")
+            queues = msgspec.structs.replace(CONTINUES, on_conflict="queue")
+            turn, watch = await stage.sessions.start_turn("s", queues)
+            watch.release()
+            await take_for_dead(dead)
+            async with open_sqlite_store(tmp_path / "lastcall.db") as store:
+                await store.recover(now=stage.clock())
+                reply.finish()
+                with pytest.raises(TurnMovedError):
+                    await turn.wait_ended()
+                assert turn.log.is_moved
+                assert len(stage.puppet.asked) == 1
+                assert (await store.get_turn("s", turn.id, now=stage.clock())).state == "queued"

@@ -62,6 +62,8 @@ class Turn:
 
     untold: TurnRecord | None = None
     """The end of a turn that was left because the store did not take this end."""
+    is_elsewhere = False
+    """Whether another process goes on with the turn, or has ended it, because it took this process for dead."""
 
     def __init__(
         self,
@@ -168,6 +170,11 @@ class Turn:
     @property
     def is_ephemeral(self) -> bool:
         return self._record.ephemeral
+
+    @property
+    def outlives(self) -> bool:
+        """Whether the turn is to outlive its process."""
+        return self._record.on_interrupt != "fail"
 
     @property
     def running(self) -> bool:

@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from service.clock import Clock
-from service.errors import ModelError, StoreError
+from service.errors import ModelError, SessionNotFoundError, StoreError, TurnNotFoundError
 from service.freezes import extended_when_late
 from service.models.client import NO_TOOLS, ModelEvent, ModelRequest
 from service.sessions.events import outcome
@@ -86,6 +86,7 @@ async def end_turn(
     Where this process has its turns on a lease, another one may have ended the turn. So an end that the store has not
     taken waits for the store, up to :data:`UNTOLD_MAX_S`, but not in a stop. Then it is published only if this process
     is certain of its turns; else the turn is left without an end, and so it is once this process has lost its turns.
+    So is a turn that outlives its process, on any store, if another process goes on with it: that one tells its end.
 
     Args:
         within_s: How long the store may take. An end that is not stored by then is published as not stored.
@@ -94,7 +95,10 @@ async def end_turn(
         return False
     turn.is_ending = True
     if isinstance(turn.end, outcome.Suspended):
-        await suspend(turn, within_s=within_s)
+        if turn.is_elsewhere:
+            _leave_untold(turn)
+        else:
+            await suspend(turn, within_s=within_s)
         return True
     if store.standing.is_lost:
         _publish(turn, None, stored=False, standing=store.standing)
@@ -140,17 +144,27 @@ def _publish(turn: Turn, record: TurnRecord | None, *, stored: bool, standing: S
     """Publish an end; or leave the turn without one, where another process may have told another end."""
     is_gone = turn.is_lost and not standing.is_lost  # with its session, say
     turn.is_lost = turn.is_lost or (standing.is_lost and not stored)
-    if record is not None and (stored or is_gone or standing.is_certain):
+    is_told = stored or (not turn.is_elsewhere and (is_gone or standing.is_certain))
+    if record is not None and is_told:
         turn.conclude(record, stored=stored)
         log_end(turn)
         return
+    _leave_untold(turn, record)
+
+
+def _leave_untold(turn: Turn, record: TurnRecord | None = None) -> None:
     turn.leave(record)
     logger.warning("the end of a turn is not told: it may have another one", turn_id=turn.id, is_lost=turn.is_lost)
 
 
 def lose(turn: Turn) -> None:
-    """Stop the work of a turn that is not this process's any more: another process has ended it in the store."""
-    if turn.cut_short(outcome.Interrupted("crash")):
+    """Stop the work of a turn that is not this process's any more.
+
+    Another process has ended it in the store as ``interrupted``; or goes on with it if it outlives its process, and
+    then the end is told there.
+    """
+    if turn.cut_short(outcome.Suspended() if turn.outlives else outcome.Interrupted("crash")):
+        turn.is_lost = turn.is_elsewhere = turn.outlives
         logger.warning(
             "a turn belongs to this process no longer, because another one took this process for dead: its work is "
             "stopped",
@@ -369,13 +383,28 @@ def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -
 
 
 async def _keep(turn: Turn, record: TurnRecord, *, store: Store, clock: Clock) -> bool:
-    """Store an end, with the events that the store does not have yet. Returns whether the store took it."""
+    """Store an end, with the events that the store does not have yet. Returns whether the store took it.
+
+    If the turn is not this process's any more, notes whether another process goes on with it, or has done so.
+    """
     try:
         result = await store.end_turn(record, runs=turn.log.runs(), now=clock(), after=turn.stored_seq)
         turn.is_lost = result is EndResult.LOST
+        if turn.is_lost and turn.outlives:
+            turn.is_elsewhere = True  # also if the store does not answer this
+            turn.is_elsewhere = await _is_there(turn, store, clock)
         return result.is_kept
     except StoreError as error:
         logger.warning("the end of a turn was not stored", turn_id=turn.id, error=str(error), cause=causes_of(error))
     except Exception:
         logger.exception("storing the end of a turn failed", turn_id=turn.id)
     return False
+
+
+async def _is_there(turn: Turn, store: Store, clock: Clock) -> bool:
+    """Whether the store has a turn: its session was not deleted. Raises: StoreError."""
+    try:
+        await store.get_turn(turn.session_id, turn.id, now=clock(), with_texts=False)
+    except (SessionNotFoundError, TurnNotFoundError):
+        return False
+    return True
