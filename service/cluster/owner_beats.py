@@ -41,7 +41,7 @@ class Waiting(Protocol):
 async def send_beats(stream: PeerStream) -> None:
     """Beat until the peer has closed the connection, or takes no more beats. Closes the connection."""
     async with stream:
-        with suppress(OSError, trio.BrokenResourceError):
+        with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError, PeerUntrustedError):
             while True:
                 with trio.move_on_after(SILENCE_S) as bound:
                     await stream.send_all(b".")

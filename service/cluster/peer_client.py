@@ -14,8 +14,11 @@ from service.errors import InvalidRequestError, PeerUntrustedError, StoreError
 
 logger = structlog.get_logger("lastcall.cluster")
 
-PEER_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError)
-"""The errors of a connection whose peer has died."""
+PEER_GONE = (OSError, trio.BrokenResourceError, h11.RemoteProtocolError, PeerGoneError, PeerUntrustedError)
+"""The errors of a connection whose peer has died, or is lost.
+
+:class:`PeerUntrustedError` is one: with TLS 1.3 the alert that tells it may come late, after bytes of an answer.
+"""
 _TAKEN = "The address of the process that runs these turns was taken by another process."
 
 
@@ -58,9 +61,15 @@ class PeerConnection:
         leave(self._stream)
 
     async def half_close(self) -> None:
-        """Close the sending side: the peer sees that the client may come back. Returns when the peer has closed."""
+        """Close the sending side: the peer sees that the client may come back. Returns when the peer has closed.
+
+        A peer that got no request is not told anything: it may be a stranger, and the handshake may not be complete.
+        """
+        if not self.has_asked:
+            self.close()
+            return
         try:
-            with suppress(*PEER_GONE):
+            with suppress(*PEER_GONE, trio.ClosedResourceError):
                 await end_sending(self._stream)
                 while await self._stream.receive_some(65536):
                     pass
@@ -70,7 +79,7 @@ class PeerConnection:
     async def ask(
         self, request: PeerRequest, *, is_stream: Callable[[h11.Response], bool], note_accepted: Callable[[], None]
     ) -> tuple[h11.Response, bytes] | None:
-        """Send a request. Returns the answer, or None if the peer dies before its answer.
+        """Send a request. Returns the answer, or None if the peer dies, or the connection breaks, before the answer.
 
         Args:
             is_stream: Whether an answer's body is a stream. The caller then reads it with :meth:`receive_body`.
@@ -80,7 +89,7 @@ class PeerConnection:
         Raises:
             InvalidRequestError: HTTP/1.1 cannot express a header of the request.
             StoreError: The listener at this address does not know the store's secret, or has another user.
-            PeerUntrustedError: A certificate is not accepted on the other side.
+            PeerUntrustedError: A certificate is not accepted on one of the two sides, and nothing was asked.
         """
         try:
             if not is_of_this_user(self._stream):
@@ -96,6 +105,8 @@ class PeerConnection:
             raise InvalidRequestError(f"This request has a header that cannot be passed on: {error}.") from error
         except PeerUntrustedError as error:
             logger.warning("another replica cannot be asked: a certificate is not accepted", reason=error.reason)
+            if self.has_asked:  # a late alert: the peer may have accepted the request
+                return None
             raise
         except PEER_GONE:
             return None

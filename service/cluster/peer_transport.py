@@ -63,7 +63,7 @@ class PeerTransport:
         while True:
             try:
                 stream = await trio.open_tcp_stream(peer.host, peer.port)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # UnicodeError: the host cannot be the name of one
                 codes = set(_codes_of(error))
                 if any(map(is_exhaustion, codes)):
                     raise ResourcesExhaustedError from error
@@ -83,7 +83,7 @@ def _on(stream: trio.SocketStream, certificates: PeerCertificates, instance: str
         raise
 
 
-def _codes_of(error: OSError) -> Iterator[int | None]:
+def _codes_of(error: OSError | UnicodeError) -> Iterator[int | None]:
     """The ``errno`` of each attempt to connect: Trio tries all addresses of a name."""
     cause = error.__cause__
     if isinstance(cause, BaseExceptionGroup):

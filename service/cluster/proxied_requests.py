@@ -3,11 +3,14 @@
 from collections.abc import Awaitable, Callable
 from math import inf
 
+import structlog
 import trio
 
 from service.cluster.owner_beats import OwnerBeats
 from service.cluster.peer_transport import PeerTransport
 from service.stop_state import Phase, StopState
+
+logger = structlog.get_logger("lastcall.cluster")
 
 _END_ON_ITS_WAY_S = 0.05
 """How much later than its own bound the end of another process's turn may arrive here."""
@@ -82,7 +85,7 @@ class ProxiedRequests:
         try:
             if proxied.owner_hangs:
                 # The owner must see the half-closed connection when it goes on. The shutdown does not wait for that.
-                self._nursery.start_soon(call, name="close a request of an owner that hangs")
+                self._nursery.start_soon(_guarded, call, name="close a request of an owner that hangs")
                 proxied.close()
             else:
                 self._nursery.start_soon(_run_close, proxied, call, name="close a proxied request")
@@ -97,9 +100,19 @@ class ProxiedRequests:
 
 
 async def _run_close(proxied: "ProxiedRequest", call: Callable[[], Awaitable[None]]) -> None:
-    with trio.move_on_after(_CLOSE_S):
+    try:
+        with trio.move_on_after(_CLOSE_S):
+            await _guarded(call)
+    finally:
+        proxied.close()
+
+
+async def _guarded(call: Callable[[], Awaitable[None]]) -> None:
+    """Run a last call to an owner. The call runs beside all turns of this process, so no error of it may get out."""
+    try:
         await call()
-    proxied.close()
+    except Exception:
+        logger.exception("closing the connection to another worker failed")
 
 
 class ProxiedRequest:

@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from service.api.http.app_state import held_bytes_of
 from service.api.http.proxy import PEER, SUCCESSORS, FaceStream, split_whole
 from service.api.native import turns
 from service.api.openai.response_events import CUT
-from service.cluster import owner_beats, peer_transport
+from service.cluster import owner_beats, peer_tls, peer_transport
 from service.cluster.peer_address import PeerAddress
 from service.cluster.peer_certificates import PeerCertificates
 from service.cluster.peer_proof import Purpose, check_peer
@@ -1239,6 +1239,82 @@ async def test_a_replica_that_cannot_be_trusted_gets_no_request(signed_by: str |
         assert problem["retry_after_s"] == 1, "nothing was asked"
         assert str(tmp_path) not in problem["detail"]
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
+
+
+@pytest.mark.parametrize("way", ["tls"], indirect=True)
+@pytest.mark.parametrize("ends", ["the owner is silent", "this process stops", "the process in front has died"])
+async def test_no_answer_of_a_stranger_at_an_owners_address_harms_this_process(
+    ends: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    if ends == "the owner is silent":
+        request.getfixturevalue("quick_beats")
+    scope: dict[str, Any] = {PEER: lambda: True} if ends == "the process in front has died" else {}
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        client = api.open("GET", EVENTS, headers=SSE, scope=scope)
+        async with client:
+            await client.send_complete()
+            accepted, _ = await owner.listener.accept()
+            async with trio.SocketStream(accepted) as stranger:
+                if ends == "this process stops":
+                    await stranger.receive_some()
+                    api.service.sessions.drain.interrupt_all()
+                elif scope:
+                    await stranger.receive_some()
+                    await leave(client)
+                with suppress(trio.BrokenResourceError):
+                    while await stranger.receive_some():
+                        pass
+                    await stranger.send_all(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+                    await stranger.receive_some()
+        assert api.service.sessions.proxied_requests.is_idle
+        if ends == "the owner is silent":
+            beating, _ = await owner.take_connection()
+            await beating.send_all(b".")
+            while api.service.sessions.proxied_requests.beats.hangs(owner.address):  # noqa: ASYNC110
+                await trio.sleep(0.005)
+        if ends != "this process stops":
+            replies: list[Reply] = []
+            nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}"))
+            stream, _ = await owner.take()
+            await stream.send_all(answer('{"a": 1}'))
+            await wait_for(replies)
+            assert replies[0].json == {"a": 1}, "a later request is passed on"
+
+
+@pytest.mark.parametrize("way", ["tls"], indirect=True)
+async def test_a_stream_that_a_late_alert_breaks_ends_as_that_of_a_dead_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_tls, "_broken_by", lambda error: PeerUntrustedError(str(error)))
+    async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
+        await client.send_complete()
+        stream, _ = await owner.take()
+        await stream.send_all(HEAD + chunk(frame(1)))
+        assert await client.receive() == frame(1).encode()
+        await stream.socket.send(NO_TLS)
+        await owner.die(stream)
+        assert b"turn.interrupted" in await client.receive()
+        assert await client.receive() == b"", "the end of the body"
+
+
+@pytest.mark.parametrize("way", ["tls"], indirect=True)
+async def test_after_a_late_alert_a_turn_may_have_been_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_tls, "_broken_by", lambda error: PeerUntrustedError(str(error)))
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        stream, _ = await owner.take()
+        await stream.socket.send(NO_TLS)
+        await owner.die(stream)
+        await wait_for(replies)
+        assert "whether it accepted" in replies[0].problem(503, "store_unavailable")["detail"]
+        assert "retry-after" not in replies[0].headers
+
+
+NO_TLS = b"\x17\x03\x03\x00\x20" + 32 * b"x"
+"""A record that no key of the connection has made."""
 
 
 @pytest.mark.parametrize("way", ["tls"], indirect=True)
