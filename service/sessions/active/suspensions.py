@@ -1,11 +1,12 @@
 """Suspended turns: what a stop interrupts and another process, or the next start, goes on with.
 
-Their growth goes to the store in one step for all turns that wait at the same time, not in one for each: a stop ends
-hundreds of turns at once. A turn that the store does not take in time stays this owner's in the store. The next process
-finds it there as after a crash, so nothing is lost but the growth since the last checkpoint.
+Their growth goes to the store in one step for many turns that wait at the same time, not in one for each: a stop ends
+hundreds of turns at once. Large replies go in several steps, one after the other, so that the first ones are kept when
+the time is over. A turn that the store does not take in time stays this owner's in the store. The next process finds it
+there as after a crash, so nothing is lost but the growth since the last checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import structlog
 import trio
@@ -14,7 +15,8 @@ from service.clock import Clock
 from service.errors import StoreError
 from service.freezes import extended_when_late
 from service.sessions.turns.turn import Turn
-from service.steps import in_steps
+from service.steps import Steps, in_steps
+from service.storage.records import SuspendedTurn
 from service.storage.store import Store
 from service.telemetry.refusal_log import causes_of
 
@@ -22,6 +24,10 @@ logger = structlog.get_logger("lastcall.suspension")
 
 _BATCH_MAX = 256
 """Turns that one step of the store takes; a larger step would delay other writes."""
+_BATCH_BYTES_MAX = 1024 * 1024
+"""The approximate growth since the last checkpoints that one step takes, or that of one turn."""
+_BATCH_LOG_BYTES_MAX = 4 * 1024 * 1024
+"""The approximate size of the whole replies that one step takes, which are in memory once more, or that of one turn."""
 
 
 class Suspensions:
@@ -54,6 +60,7 @@ class Suspensions:
                 if self._is_writing:
                     await self._changes.park()
                 else:
+                    await trio.lowlevel.checkpoint_if_cancelled()  # the time of many turns ends at the same moment
                     await self._write_some()
         self._leave([turn], are_kept=False)  # has no effect if the store has answered
 
@@ -63,10 +70,10 @@ class Suspensions:
 
     async def _write_some(self) -> None:
         """Give the turns that wait to the store, as many as one step takes."""
-        turns = list(self._waiting.values())[:_BATCH_MAX]
+        turns = _first_of(self._waiting.values())
         self._is_writing = True
         try:
-            kept = [turn.suspended(await in_steps(turn.log.joined_texts())) for turn in turns]
+            kept = await in_steps(_kept(turns))
             lost = await self._store.suspend_turns(kept, now=self._clock())
         except StoreError as error:
             self._note_failed(turns, error=str(error), cause=causes_of(error))
@@ -96,3 +103,26 @@ class Suspensions:
             if not turn.is_suspended:
                 self.not_kept += not (are_kept or turn.is_lost)
                 turn.leave()
+
+
+def _first_of(turns: Iterable[Turn]) -> list[Turn]:
+    """The first turns, as many as one step of the store takes: at least one."""
+    first: list[Turn] = []
+    growth = size = 0
+    for turn in turns:
+        growth += turn.log.size_after(turn.stored_seq)
+        size += turn.log.size
+        if first and (growth > _BATCH_BYTES_MAX or size > _BATCH_LOG_BYTES_MAX or len(first) == _BATCH_MAX):
+            break
+        first.append(turn)
+    return first
+
+
+def _kept(turns: Sequence[Turn]) -> Steps[list[SuspendedTurn]]:
+    """What the store keeps of turns, to whose logs nothing is appended."""
+    kept: list[SuspendedTurn] = []
+    for turn in turns:
+        texts = yield from turn.log.joined_texts()
+        kept.append(turn.suspended(texts))
+        yield
+    return kept

@@ -172,6 +172,11 @@ class EventLog:
         """The size that counts against the bound: the texts, and some bytes for each event."""
         return self._bytes
 
+    def size_after(self, seq: int) -> int:
+        """The approximate size of the events after a seq, in bytes of their texts and lengths. Reads no text."""
+        chunks = self._chunks_after(self._past_gap(seq))
+        return sum(len(it.text) + len(it.runs) for it in chunks) + self._newest_bytes + len(self._newest)
+
     def append(self, event: Event, *, tells: bool = True) -> bool:
         """Append an event whose ``seq`` is ``last_seq + 1``, and tell the readers; ``turn.resumed`` may skip seqs.
 

@@ -184,7 +184,7 @@ class Turn:
         """The turn's record now, with the reply so far; ``stored`` says whether the store has this end."""
         return msgspec.structs.replace(
             self._record,
-            output=self._record.output if self.ended.is_set() else self._reply.items(),
+            output=self._record.output if self._has_ended else self._reply.items(),
             last_seq=self.log.last_seq,
             stored=self.stored or not self.ended.is_set(),
         )
@@ -195,7 +195,7 @@ class Turn:
 
     def text_pieces(self, item: int) -> Iterator[str]:
         """The text of an output item that does not grow any more, in pieces."""
-        return pieces_of(self._record.output[item].text) if self.ended.is_set() else self.log.text_pieces(item)
+        return pieces_of(self._record.output[item].text) if self._has_ended else self.log.text_pieces(item)
 
     @property
     def text_bytes_max(self) -> int:
@@ -204,7 +204,12 @@ class Turn:
 
     def begun_items(self) -> tuple[Item, ...]:
         """The items of the reply that have begun so far, perhaps without their texts."""
-        return self._record.output if self.ended.is_set() else self._reply.changed_after(0)
+        return self._record.output if self._has_ended else self._reply.changed_after(0)
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the record has the output. That of a turn which goes on elsewhere stays in the log."""
+        return self.ended.is_set() and not self.is_suspended
 
     async def wait_ended(self) -> TurnRecord:
         """Wait until the end is stored and published. Cancellation affects the caller only.
@@ -469,7 +474,6 @@ class Turn:
         self.is_ending = self.is_suspended = True
         self.untold = untold
         self._spent, self._stream = self.usage, None
-        self._record = msgspec.structs.replace(self._record, output=self._reply.items())
         self.log.leave()
         self.ended.set()
         self._note_if_over()
