@@ -296,7 +296,9 @@ class PeerListener:
     ) -> "Opened | None":
         stream = TlsStream(tcp, certificates.server, received=hello)
         purpose = await check_peer(stream, self._secret, address=self.address)
-        if purpose is None or (purpose == "beats" and name != self._peer.instance):
+        if purpose is None:
+            raise PeerUntrustedError("no proof that it knows the secret of the store")
+        if purpose == "beats" and name != self._peer.instance:  # of a process that has gone
             return None
         return Opened(stream, purpose)
 
@@ -404,13 +406,15 @@ class Openings:
         try:
             with scope:
                 yield
+            if scope.cancelled_caught:
+                raise PeerUntrustedError("no proof in time")
         finally:
             self._begun.pop(scope, None)
             self._ended.unpark()
 
 
 Opening = AbstractContextManager[None]
-"""The time that a connection has for its proof."""
+"""The time that a connection has for its proof. Raises PeerUntrustedError when it is over."""
 
 
 class Opened(NamedTuple):

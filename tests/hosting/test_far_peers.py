@@ -195,6 +195,29 @@ async def test_refused_connections_are_told_in_one_line(tmp_path: Path) -> None:
         assert lines[0]["reason"] == "http request"
 
 
+@pytest.mark.parametrize(
+    ("client", "reason"),
+    [("says nothing", "no proof in time"), ("knows another secret", "no proof that it knows the secret of the store")],
+)
+async def test_a_client_without_a_proof_counts_as_refused(
+    client: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if client == "says nothing":
+        monkeypatch.setattr(peer_listener, "OPENING_S", 0.1)
+    async with open_scene(tmp_path) as scene:
+        with capture_logs() as told:
+            if client == "says nothing":
+                async with await trio.open_tcp_stream("127.0.0.1", scene.port) as silent:
+                    with suppress(trio.BrokenResourceError):
+                        assert await silent.receive_some() == b""
+            else:
+                async with await scene.connect() as stream:
+                    assert not await prove_to_owner(stream, b"x" * 32, address=scene.address)
+            while not (lines := [it for it in told if it["log_level"] == "warning"]):  # noqa: ASYNC110  its own time
+                await trio.sleep(0.01)
+    assert [it["reason"] for it in lines] == [reason]
+
+
 async def test_a_name_that_is_not_ascii_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reported: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", reported.append)
