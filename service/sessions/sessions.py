@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import partial
 
 import msgspec
+import structlog
 import trio
 
 from service.clock import Clock
@@ -80,10 +81,14 @@ from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
+logger = structlog.get_logger("lastcall.sessions")
+
 _ADOPTIONS_MAX = 3
 """How often a call looks for a suspended turn. Another process, or another call here, may adopt it meanwhile."""
 _ADOPTED_AT_ONCE = 100
 """How many sessions with suspended turns one run of the recovery looks at."""
+ADOPTION_PAUSE_S = 60.0
+"""How long the recovery leaves a session alone whose adoption failed by a fault of this service."""
 SUSPENDED_S = 1.0
 """How long a suspended turn waits for its client, which names the process that goes on with it."""
 PLACES_MAX_S = 1.0
@@ -137,6 +142,8 @@ class Sessions:
         self.suspensions = Suspensions(store, clock=clock)
         self._stop = stop
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
+        self._set_aside: dict[str, float] = {}
+        """Until when the recovery adopts no turns of a session, because an adoption of them has failed."""
         self._forking = trio.Lock()
         self._keyed_calls = KeyedCalls(store, clock=clock, store_timeout_s=settings.store_timeout_s)
         self._titles = Titles(nursery, store=store, client_for=client_for, clock=clock, settings=settings, stop=stop)
@@ -929,18 +936,25 @@ class Sessions:
     async def adopt_waiting(self) -> None:
         """Adopt turns that have been suspended for a second, whose clients have not come back here or elsewhere.
 
-        Adopts none in a stop, and none beyond ``live_turns_max``.
+        Adopts none in a stop, and none beyond ``live_turns_max``. A session whose adoption fails is set aside for
+        :data:`ADOPTION_PAUSE_S`, and takes no other one's place meanwhile.
 
         Raises:
             StoreError: The last refusal, if there was one.
         """
         if self._stop.phase is not Phase.SERVING:
             return
+        now = trio.current_time()
+        self._set_aside = {session_id: until for session_id, until in self._set_aside.items() if until > now}
         idle_since = self._clock() - timedelta(seconds=SUSPENDED_S)
         with self._answered_within():
-            found = await self._store.list_suspended(limit=_ADOPTED_AT_ONCE, idle_since=idle_since)
+            found = await self._store.list_suspended(
+                limit=_ADOPTED_AT_ONCE + len(self._set_aside), idle_since=idle_since
+            )
         refusal: StoreError | None = None
-        for session_id in {*self._acceptance.unresolved_adoptions, *found}:
+        for session_id in dict.fromkeys([*self._acceptance.unresolved_adoptions, *found]):
+            if session_id in self._set_aside:
+                continue
             try:
                 await self._acceptance.adopt(session_id)
             except (OwnedElsewhereError, SessionNotFoundError):
@@ -949,6 +963,13 @@ class Sessions:
                 break
             except StoreError as error:
                 refusal = error
+            except Exception:
+                self._set_aside[session_id] = now + ADOPTION_PAUSE_S
+                logger.exception(
+                    "the turns of a session were not adopted; the recovery tries again later",
+                    session_id=session_id,
+                    pause_s=ADOPTION_PAUSE_S,
+                )
         if refusal is not None:
             raise refusal
 

@@ -4,7 +4,7 @@ Both processes are stages here, on one memory store.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,12 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnResumed,
 )
-from service.sessions.sessions import SUSPENDED_S
+from service.sessions.sessions import ADOPTION_PAUSE_S, SUSPENDED_S
 from service.sessions.turns.turn import RETURN_S, Turn
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
+from service.storage.pieces import Run
 from service.storage.records import AdoptedTurn, SessionRecord, SuspendedTurn
 from service.storage.rules import HANDED_OVER_ATTEMPTS_MAX
 from service.storage.sqlite import open_sqlite_store
@@ -895,3 +896,145 @@ async def test_a_queued_turn_that_another_process_has_does_not_start_and_ends_th
                 assert turn.log.is_moved
                 assert len(stage.puppet.asked) == 1
                 assert (await store.get_turn("s", turn.id, now=stage.clock())).state == "queued"
+
+
+# Where an adoption fails by a fault of this service
+
+
+async def suspended_sessions(store: MemoryStore, *ids: str) -> None:
+    """Sessions with a suspended turn each, in this order."""
+    async with open_stage(store) as stage:
+        for session_id in ids:
+            await stage.sessions.create_session(NewSession(id=session_id))
+            await stage.sessions.start_turn(session_id, CONTINUES)
+            (await stage.puppet.next_reply()).say("Hello")
+            await wait_all_tasks_blocked()
+        await suspend(stage)
+
+
+class Poisoned(MemoryStore):
+    """Fails, by no refusal, at each adoption of the poisoned sessions."""
+
+    def __init__(self, *poisoned: str) -> None:
+        super().__init__()
+        self.poisoned = {*poisoned}
+        self.asked: list[str] = []
+
+    async def adopt_turns(self, session_id: str, **rest: Any) -> Sequence[AdoptedTurn]:
+        self.asked.append(session_id)
+        if session_id in self.poisoned:
+            raise RuntimeError("a row that cannot be decoded")
+        return await super().adopt_turns(session_id, **rest)
+
+
+async def test_a_session_whose_adoption_fails_keeps_no_other_from_being_adopted(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr("service.sessions.sessions._ADOPTED_AT_ONCE", 1)
+    store = Poisoned("a", "b")
+    await suspended_sessions(store, "a", "b", "c", "d")
+    async with open_next(store) as other:
+        other.clock.advance(SUSPENDED_S)
+        with capture_logs() as lines:
+            for _ in range(4):
+                await other.sessions.adopt_waiting()
+        assert [turn.session_id for turn in other.sessions.open_turns()] == ["c", "d"]
+        assert store.asked == ["a", "b", "c", "d"]
+        failed = [line["session_id"] for line in lines if line["log_level"] == "error"]
+        assert failed == ["a", "b"]
+
+
+async def test_a_session_whose_adoption_failed_is_tried_again_later(autojump_clock: MockClock) -> None:
+    store = Poisoned("a")
+    await suspended_sessions(store, "a")
+    async with open_next(store) as other:
+        other.clock.advance(SUSPENDED_S)
+        await other.sessions.adopt_waiting()
+        store.poisoned.clear()
+        await trio.sleep(ADOPTION_PAUSE_S - 1)
+        await other.sessions.adopt_waiting()
+        assert other.sessions.open_turns() == []
+        await trio.sleep(1)
+        await other.sessions.adopt_waiting()
+        assert [turn.session_id for turn in other.sessions.open_turns()] == ["a"]
+
+
+async def test_a_deleted_session_is_not_adopted_for_ever(autojump_clock: MockClock) -> None:
+    store = Poisoned("a")
+    await suspended_sessions(store, "a")
+    async with open_next(store) as other:
+        other.clock.advance(SUSPENDED_S)
+        await other.sessions.adopt_waiting()
+        assert [*other.sessions._acceptance.unresolved_adoptions] == ["a"]
+        await other.sessions.delete_session("a")
+        await trio.sleep(ADOPTION_PAUSE_S)
+        await other.sessions.adopt_waiting()
+        assert [*other.sessions._acceptance.unresolved_adoptions] == []
+
+
+async def test_a_model_client_that_fails_over_the_text_so_far_has_the_reply_begin_anew(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+
+        def fail(*_: object) -> bool:
+            raise RuntimeError("no idea")
+
+        monkeypatch.setattr(other.puppet, "can_continue", fail)
+        log, watch = await other.sessions.open_events("s", turn_id)
+        with watch:
+            reply = await other.puppet.next_reply()
+            reply.say("Anew")
+            reply.finish()
+            told = await read_all(log)
+        assert text_told(told) == "Anew"
+        assert kinds(told)[-1] == "turn.completed"
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("unfit", [0, 1])
+async def test_an_adopted_turn_that_cannot_be_restored_fails_once_and_the_others_run(
+    unfit: int, in_file: bool, tmp_path: Path
+) -> None:
+    with trio.fail_after(60):
+        async with AsyncExitStack() as stack:
+            store: Any = MemoryStore()
+            if in_file:
+                store = await stack.enter_async_context(open_sqlite_store(tmp_path / "lastcall.db", close_timeout_s=5))
+            async with open_stage(store) as stage:
+                await stage.sessions.create_session(NewSession(id="s"))
+                await begun(stage, CONTINUES, "Hel", "lo")
+                await stage.sessions.start_turn("s", msgspec.structs.replace(CONTINUES, on_conflict="queue"))
+                ids = [turn.id for turn in stage.sessions.open_turns()]
+                await suspend(stage)
+            adopt_turns = store.adopt_turns
+
+            async def adopt_unfit(session_id: str, **rest: Any) -> list[AdoptedTurn]:
+                adopted = [*await adopt_turns(session_id, **rest)]
+                if adopted:
+                    adopted[unfit] = msgspec.structs.replace(adopted[unfit], runs=(Run(7, b"\x05"),))
+                return adopted
+
+            store.adopt_turns = adopt_unfit
+            async with open_next(store) as other:
+                other.clock.advance(SUSPENDED_S)
+                with capture_logs() as lines:
+                    await other.sessions.adopt_waiting()
+                assert [line["turn_id"] for line in lines if line["log_level"] == "error"] == [ids[unfit]]
+                assert [*other.sessions._acceptance.unresolved_adoptions] == []
+                assert [turn.id for turn in other.sessions.open_turns()] == ids
+                (await other.puppet.next_reply()).finish()
+                failed = await other.sessions.wait_turn("s", ids[unfit])
+                assert failed.error is not None
+                assert (failed.state, failed.error.code, failed.stored) == ("failed", "internal_error", True)
+                assert (await other.sessions.wait_turn("s", ids[1 - unfit])).state == "completed"
+                assert (len(other.puppet.asked), other.sessions.statistics().turns_crashed) == (1, 1)
+                told = await events_of(other, ids[unfit])
+                assert kinds(told) == (["turn.queued", "turn.failed"] if unfit else ["turn.resumed", "turn.failed"])
+                assert text_told(told, "Hello") == ("Hello" if unfit else "")
+            store.adopt_turns = adopt_turns
+            async with open_next(store) as third:
+                assert await events_of(third, ids[unfit]) == told
+                assert (await third.sessions.get_turn("s", ids[unfit])).text == ""

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TypeVar
 
 import msgspec
+import structlog
 import trio
 
 from service.clock import Clock
@@ -39,10 +40,13 @@ from service.sessions.turns.turn_log import log_adoption, turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.settings import Settings
 from service.stop_state import StopState
+from service.storage.pieces import Resumed, Run, resumed_run
 from service.storage.records import AdoptedTurn, IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
+
+logger = structlog.get_logger("lastcall.acceptance")
 
 T = TypeVar("T")
 
@@ -64,7 +68,7 @@ class Acceptance:
 
     Attributes:
         unresolved_adoptions: The sessions whose turns the store may have given to this process in a call that it has
-            not answered. The next adoption of such a session has these turns.
+            not answered, or that failed, in this order. The next adoption of such a session has these turns.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class Acceptance:
         self._settings = settings
         self._suspensions = suspensions
         self._stop = stop
-        self.unresolved_adoptions: set[str] = set()
+        self.unresolved_adoptions: dict[str, None] = {}
 
     async def accept(self, session_id: str, new: NewTurn, within_s: float) -> Turn:
         """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
@@ -220,10 +224,10 @@ class Acceptance:
         Shielded: a cancellation after the store's step would leave turns that no task runs. No checkpoint comes
         between this step and the start of the tasks.
         """
-        stored = await self._store.get_session(session.id, now=self._clock())
-        await _refuse_if_late(deadline)
-        self.unresolved_adoptions.add(session.id)
         try:
+            stored = await self._store.get_session(session.id, now=self._clock())
+            await _refuse_if_late(deadline)
+            self.unresolved_adoptions[session.id] = None
             with self._pending_writes.writing(within_s=deadline.left_s, shield=True):
                 adopted = await self._store.adopt_turns(
                     session.id,
@@ -232,15 +236,26 @@ class Acceptance:
                     running=[turn.id for turn in session.turns],
                 )
         except RefusedError:
-            self.unresolved_adoptions.discard(session.id)
+            self.unresolved_adoptions.pop(session.id, None)
             raise
-        self.unresolved_adoptions.discard(session.id)
         for turn in adopted:
             self._make_live(session, self._adopted(turn, stored), supersedes=False)
+        self.unresolved_adoptions.pop(session.id, None)
 
     def _adopted(self, adopted: AdoptedTurn, session: SessionRecord) -> Turn:
-        """A turn that another process has begun. It fails if no upstream has its model any more."""
-        record = adopted.turn
+        """A turn that another process has begun. One that cannot be restored fails: no other process will have it."""
+        try:
+            turn = self._restored(adopted.turn, session, adopted.runs)
+        except Exception:
+            logger.exception(
+                "an adopted turn cannot be restored: it fails", session_id=session.id, turn_id=adopted.turn.id
+            )
+            turn = self._unrestored(adopted.turn, session)
+        log_adoption(turn)
+        return turn
+
+    def _restored(self, record: TurnRecord, session: SessionRecord, runs: Sequence[Run]) -> Turn:
+        """A turn that goes on after these events. It fails if no upstream has its model any more."""
         try:
             client, refusal = self._client_for(record.model), None
         except InvalidRequestError as error:
@@ -253,11 +268,20 @@ class Acceptance:
             settings=self._settings,
             may_title=record.may_title,
             may_leave_out=record.may_leave_out,
-            runs=adopted.runs,
+            runs=runs,
         )
         if refusal is not None:
             turn.cut_short(outcome.failed("model_not_found", str(refusal)))
-        log_adoption(turn)
+        return turn
+
+    def _unrestored(self, record: TurnRecord, session: SessionRecord) -> Turn:
+        """A turn that fails without what it has said, which its readers drop: its end replaces its events."""
+        resumed = Resumed(record.last_seq, record.attempt, "retry")
+        runs = () if record.state == "queued" else (resumed_run(resumed),)
+        turn = self._restored(msgspec.structs.replace(record, output=()), session, runs)
+        turn.stored_seq = 0
+        if turn.cut_short(outcome.internal_error()):
+            turn.crashed = True
         return turn
 
     def _can_continue(self, turn: TurnRecord) -> bool:
@@ -265,6 +289,10 @@ class Acceptance:
         try:
             return self._client_for(turn.model).can_continue(turn.text, turn.options)
         except InvalidRequestError:
+            return False
+        except Exception:  # within the step of the store, which would fail each time
+            ids = {"session_id": turn.session_id, "turn_id": turn.id}
+            logger.exception("a model client failed over the reply so far, which begins anew", **ids)
             return False
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:
