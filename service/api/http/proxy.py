@@ -278,11 +278,14 @@ async def _connect(address: str) -> PeerStream | None:
 
 
 async def _answer_from(
-    stream: PeerStream, error: OwnedElsewhereError, *, hops: int, handed_over: bool = False
+    stream: PeerStream, error: OwnedElsewhereError, *, hops: int, handed_over: bool = False, is_second: bool = False
 ) -> TrioResponse | None:
     """Send the current request to the process at the other end of ``stream``, and return its answer.
 
     None if that process stops and has done nothing of the request.
+
+    Args:
+        is_second: An earlier connection to the same address has ended before the request was sent.
     """
     assert error.address is not None
     peer = PeerConnection(stream, address=error.address, secret=current_service().store.peer_secret)
@@ -297,6 +300,12 @@ async def _answer_from(
     if error.fence != _NO_OWNER:
         passed_on.append((FENCE.encode(), b"%d" % error.fence))
     answer = await _ask(peer, slot, error.session_id, passed_on)
+    if answer is None and not peer.has_asked and not is_second and PeerAddress.parse(error.address).is_far:
+        # In a reload a process that ends may have taken this connection from the port that all processes there share.
+        peer.close()
+        slot.close()
+        if (second := await _connect(error.address)) is not None:
+            return await _answer_from(second, error, hops=hops, handed_over=handed_over, is_second=True)
     if answer is None:
         if _may_be_repeated(peer):
             return await _answer_here(error)

@@ -1210,11 +1210,11 @@ async def test_where_another_process_has_the_address_of_the_owner_the_owner_is_l
 async def test_callers_cannot_say_for_which_process_a_request_is(tmp_path: Path) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
-        headers = {"Lastcall-Instance": "x", "Lastcall-Fence": "77"}
+        headers = {"Lastcall-Instance": "x", "Lastcall-Fence": 16 * "7"}
         nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}", headers=headers))
         stream, request = await owner.take()
         assert request.lower().count(b"lastcall-instance") == request.lower().count(b"lastcall-fence") == 1
-        assert b"77" not in request
+        assert 16 * b"7" not in request, "longer than any part of an id by chance"
         await stream.send_all(answer("{}"))
         await wait_for(replies)
 
@@ -1279,6 +1279,27 @@ async def test_no_answer_of_a_stranger_at_an_owners_address_harms_this_process(
             await stream.send_all(answer('{"a": 1}'))
             await wait_for(replies)
             assert replies[0].json == {"a": 1}, "a later request is passed on"
+
+
+@pytest.mark.parametrize("way", ["tls"], indirect=True)
+async def test_a_connection_that_a_leaving_process_of_the_replica_took_is_made_once_more(tmp_path: Path) -> None:
+    async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        accepted, _ = await owner.listener.accept()
+        accepted.close()
+        stream, _ = await owner.take()
+        await stream.send_all(answer('{"a": 1}'))
+        await wait_for(replies)
+        assert replies[0].json == {"a": 1}
+        assert api.service.sessions.proxied_requests.is_idle
+
+        nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
+        for _ in range(2):
+            accepted, _ = await owner.listener.accept()
+            accepted.close()
+        await wait_for(replies, 2)
+        assert replies[1].problem(503, "store_unavailable")["retry_after_s"] == 1, "nothing was asked"
 
 
 @pytest.mark.parametrize("way", ["tls"], indirect=True)
