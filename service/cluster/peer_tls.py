@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
@@ -59,7 +60,7 @@ class PeerObject(ssl.SSLObject):
         Source: https://github.com/python/cpython/blob/v3.11.0/Modules/_ssl.c (``_servername_callback``)
         """
         report = sys.unraisablehook
-        sys.unraisablehook = partial(_report_all_but_names, report)
+        sys.unraisablehook = partial(_report_all_but_names, report, threading.get_ident())
         try:
             super().do_handshake()
         finally:
@@ -67,10 +68,10 @@ class PeerObject(ssl.SSLObject):
 
 
 def _report_all_but_names(
-    report: "Callable[[sys.UnraisableHookArgs], object]", error: "sys.UnraisableHookArgs"
+    report: "Callable[[sys.UnraisableHookArgs], object]", thread: int, error: "sys.UnraisableHookArgs"
 ) -> None:
-    is_name = issubclass(error.exc_type, UnicodeDecodeError) and isinstance(error.object, bytes)
-    if not is_name:  # another thread's
+    """Report an error, unless it is one of a name: a UnicodeDecodeError in the thread that runs the handshake."""
+    if threading.get_ident() != thread or not issubclass(error.exc_type, UnicodeDecodeError):
         report(error)
 
 
