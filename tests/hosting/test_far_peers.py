@@ -234,6 +234,19 @@ async def test_a_name_that_is_not_ascii_is_refused_in_one_line(tmp_path: Path, m
     assert "LOGIN" not in str(line)
 
 
+def test_ssl_still_reports_a_name_that_is_not_ascii_past_all_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, ``PeerObject.do_handshake`` in ``service/cluster/peer_tls.py`` can go."""
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: reported.append(error.exc_type))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sni_callback = lambda *_: None
+    incoming = ssl.MemoryBIO()
+    incoming.write(client_hello(b"\xff"))
+    with pytest.raises(ssl.SSLError):
+        context.wrap_bio(incoming, ssl.MemoryBIO(), server_side=True).do_handshake()
+    assert reported == [UnicodeDecodeError]
+
+
 def client_hello(name: bytes) -> bytes:
     """The first message of a client that asks for this name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -422,8 +422,8 @@ async def test_a_prompt_is_not_held_in_its_encoded_form_while_the_reply_comes(mo
 
     held: list[weakref.ref[Held]] = []
 
-    def encode(request: ModelRequest, dialect: chat_completions.Dialect) -> Steps[bytes]:
-        body = Body((yield from chat_completions.request_encoded(request, dialect)))
+    def encode(request: ModelRequest, dialect: chat_completions.Dialect, form: chat_completions.Form) -> Steps[bytes]:
+        body = Body((yield from chat_completions.request_encoded(request, dialect, form)))
         body.held = Held()
         held.append(weakref.ref(body.held))
         return body
