@@ -13,6 +13,7 @@ from service.freezes import watch_for_freezes
 from service.models import chat_completions, openai_compatible
 from service.models.chat_completions import ReplyDecoder
 from service.models.client import Finished, Message, ModelEvent, ModelRequest, ReasoningDelta, TextDelta, Usage
+from service.models.continuation import Form
 from service.models.openai_compatible import OpenAICompatibleStream, open_openai_compatible
 from service.models.scripted import open_scripted
 from service.steps import Steps
@@ -422,7 +423,7 @@ async def test_a_prompt_is_not_held_in_its_encoded_form_while_the_reply_comes(mo
 
     held: list[weakref.ref[Held]] = []
 
-    def encode(request: ModelRequest, dialect: chat_completions.Dialect, form: chat_completions.Form) -> Steps[bytes]:
+    def encode(request: ModelRequest, dialect: chat_completions.Dialect, form: Form) -> Steps[bytes]:
         body = Body((yield from chat_completions.request_encoded(request, dialect, form)))
         body.held = Held()
         held.append(weakref.ref(body.held))
