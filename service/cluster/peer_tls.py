@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from copy import copy
 from functools import partial
 
 import trio
@@ -328,12 +327,6 @@ class TlsStream:
         return False
 
     # The end
-
-    def moved_to(self, tcp: trio.socket.SocketType) -> "TlsStream":
-        """This stream on a duplicate of its socket. This one is not to be used any more."""
-        moved = copy(self)
-        moved.socket = tcp
-        return moved
 
     def cut(self) -> None:
         """End both directions without a goodbye: the peer has vanished. Those who read and write see the end."""

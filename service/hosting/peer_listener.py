@@ -235,9 +235,8 @@ class PeerListener:
                 accepted.close()
         if opened is None:
             return
-        if opened.purpose == "beats":
-            with opened.stream.socket:
-                self._start_beats(opened.stream)
+        if opened.purpose == "beats":  # in a task of this listener: hypercorn's nursery would wait for the beats
+            self._nursery.start_soon(send_beats, opened.stream, name="beats")
             return
         try:
             self._worker.server_nursery.start_soon(self._serve, opened.stream, name="peer")
@@ -263,16 +262,6 @@ class PeerListener:
                 self._far.discard(stream)
         else:
             await connection.run()
-
-    def _start_beats(self, stream: PeerStream) -> None:
-        """Beat on a socket of its own, in a task of this listener: hypercorn's nursery would wait for the beats."""
-        with suppress(OSError):  # no descriptor is left: the peer connects again
-            own = stream.socket.dup()
-            beating = stream.moved_to(own) if isinstance(stream, TlsStream) else trio.SocketStream(own)
-            try:
-                self._nursery.start_soon(send_beats, beating, name="beats")
-            except RuntimeError:  # the listener is closed
-                own.close()
 
     # How a connection becomes a stream with a proof
 
