@@ -9,7 +9,7 @@ import structlog
 import trio
 
 from service.cluster.peer_proof import PeerGoneError, prove_to_owner
-from service.cluster.peer_transport import PeerStream, end_sending, is_of_this_user, leave
+from service.cluster.peer_transport import PeerStream, end_sending, leave, may_be_asked
 from service.errors import InvalidRequestError, PeerUntrustedError, StoreError
 
 logger = structlog.get_logger("lastcall.cluster")
@@ -92,7 +92,7 @@ class PeerConnection:
             PeerUntrustedError: A certificate is not accepted on one of the two sides, and nothing was asked.
         """
         try:
-            if not is_of_this_user(self._stream):
+            if not may_be_asked(self._stream):
                 raise StoreError(_TAKEN)
             if not await prove_to_owner(self._stream, self._secret, address=self._address):
                 raise StoreError(_TAKEN)

@@ -22,9 +22,14 @@ def socket_name(name: str) -> str:
     return f"\0{name[1:]}" if name.startswith("@") else name
 
 
-def user_of_peer(stream_socket: trio.socket.SocketType | None) -> int:
-    """The user whose process is at the other end of a Unix socket; without one, this process's own."""
-    return os.getuid() if stream_socket is None else _credentials_of(stream_socket)[1]
+def user_of_peer(stream_socket: trio.socket.SocketType) -> int:
+    """The user whose process is at the other end of a Unix socket."""
+    return _credentials_of(stream_socket)[1]
+
+
+def is_of_this_user(stream_socket: trio.socket.SocketType) -> bool:
+    """Whether the process at the other end of a Unix socket has the user of this process."""
+    return user_of_peer(stream_socket) == os.getuid()
 
 
 def process_of_peer(stream_socket: trio.socket.SocketType) -> int:

@@ -12,7 +12,7 @@ import trio
 
 from service.cluster.peer_address import PeerAddress
 from service.cluster.peer_certificates import PeerCertificates
-from service.cluster.peer_socket import open_unix_stream, user_of_peer
+from service.cluster.peer_socket import is_of_this_user, open_unix_stream
 from service.cluster.peer_tls import TlsStream, keep_alive
 from service.errors import ResourcesExhaustedError, StoreError, is_exhaustion
 from service.freezes import move_on_after
@@ -92,9 +92,9 @@ def _codes_of(error: OSError | UnicodeError) -> Iterator[int | None]:
         yield getattr(cause or error, "errno", None)
 
 
-def is_of_this_user(stream: PeerStream) -> bool:
+def may_be_asked(stream: PeerStream) -> bool:
     """Whether the process at the other end of a Unix socket has this user. On TLS the certificate stands for that."""
-    return isinstance(stream, TlsStream) or user_of_peer(stream.socket) == user_of_peer(None)
+    return isinstance(stream, TlsStream) or is_of_this_user(stream.socket)
 
 
 async def bound_to(stream: PeerStream, address: str) -> bytes:

@@ -35,7 +35,7 @@ from service.cluster.owner_beats import send_beats
 from service.cluster.peer_address import PeerAddress, shown_host_port
 from service.cluster.peer_certificates import PeerCertificates
 from service.cluster.peer_proof import Purpose, check_peer
-from service.cluster.peer_socket import process_of_peer, socket_name, user_of_peer
+from service.cluster.peer_socket import is_of_this_user, process_of_peer, socket_name
 from service.cluster.peer_tls import HELLO_BYTES_MAX, TlsStream, is_unheard, keep_alive, read_hello
 from service.cluster.peer_transport import PeerStream
 from service.errors import PeerUntrustedError, StartupError
@@ -267,7 +267,7 @@ class PeerListener:
 
     async def _open_local(self, accepted: trio.socket.SocketType) -> "Opened | None":
         stream = trio.SocketStream(accepted)
-        if user_of_peer(accepted) != user_of_peer(None):
+        if not is_of_this_user(accepted):
             return None
         purpose = await check_peer(stream, self._secret, address=self.address)
         return None if purpose is None else Opened(stream, purpose)
@@ -303,7 +303,7 @@ class PeerListener:
                 await way.connect(socket_name(_name_for_handed(name)))
             except ConnectionRefusedError:
                 return False
-            if user_of_peer(way) == user_of_peer(None):
+            if is_of_this_user(way):
                 descriptor = array("i", [tcp.fileno()]).tobytes()
                 note = self._note_of(name, hello) + hello
                 await way.sendmsg([note], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
@@ -313,7 +313,7 @@ class PeerListener:
         self, accepted: trio.socket.SocketType, *, certificates: PeerCertificates
     ) -> "Opened | None":
         """Open a connection that another worker has accepted. Its user is looked at before anything is received."""
-        if user_of_peer(accepted) != user_of_peer(None):
+        if not is_of_this_user(accepted):
             return None
         size = socket.CMSG_SPACE(_DESCRIPTOR_BYTES)
         note, more, *_ = await accepted.recvmsg(_NOTE_BYTES + HELLO_BYTES_MAX, size, socket.MSG_CMSG_CLOEXEC)
