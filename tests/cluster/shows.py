@@ -26,7 +26,7 @@ from tests.cluster.cluster import Cluster, Door, open_cluster
 from tests.cluster.database import open_database
 from tests.cluster.faults import DATABASE, Faults
 from tests.cluster.front import open_front
-from tests.cluster.history import Fault, History, Lost, Saw, Titled
+from tests.cluster.history import Fault, History, Lost, Saw
 from tests.postgres_server import binaries
 
 STREAMS = 100
@@ -281,11 +281,7 @@ async def show_no_standby(show: Show) -> None:
             await trio.sleep(5)
             load.is_over = True
         await show.run.check(cluster)
-    acknowledged = [
-        fact
-        for fact in show.run.history.facts
-        if since < fact.at < until and (fact.is_acknowledgement if not isinstance(fact, Titled) else fact.is_known)
-    ]
+    acknowledged = [fact for fact in show.run.history.facts if since < fact.at < until and fact.is_acknowledgement]
     show.expect(not acknowledged, f"nothing is acknowledged meanwhile: {acknowledged[:3]}")
 
 
