@@ -255,26 +255,43 @@ backend lastcall
 @asynccontextmanager
 async def open_nginx(target: int) -> AsyncIterator[int]:
     """Run nginx in front of a server, with little configuration. Gives its port."""
-    async with _open_proxy("nginx", NGINX, target, "-e", "{folder}/nginx.log", "-p", "{folder}", "-c") as (port, _):
+    options = ("-e", "{folder}/nginx.log", "-p", "{folder}", "-c")
+    async with open_proxy("nginx", NGINX, options, target=target) as (port, _):
         yield port
 
 
 @asynccontextmanager
 async def open_haproxy(target: int) -> AsyncIterator[tuple[int, Path]]:
     """Run HAProxy in front of a server, which it probes. Gives its port, and the socket of its statistics."""
-    async with _open_proxy("haproxy", HAPROXY, target, "-db", "-f") as (port, folder):
+    async with open_proxy("haproxy", HAPROXY, ("-db", "-f"), target=target) as (port, folder):
         yield port, folder / "haproxy.sock"
 
 
 @asynccontextmanager
-async def _open_proxy(program: str, template: str, target: int, *options: str) -> AsyncIterator[tuple[int, Path]]:
+async def open_proxy(
+    program: str,
+    template: str,
+    options: Sequence[str],
+    *,
+    log: Path | None = None,
+    start_s: float = CAP_S,
+    **values: object,
+) -> AsyncIterator[tuple[int, Path]]:
+    """Run a proxy as a user without rights. Gives its port, and the folder of its files.
+
+    Args:
+        template: Its configuration, with the fields ``folder``, ``port`` and those of ``values``.
+        options: Those before the path of the configuration, with the field ``folder``.
+        log: What it prints; a file in its folder if left out.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
-        _lay_out(folder, template.format(folder=folder, port=port, target=target))
+        _lay_out(folder, template.format(folder=folder, port=port, **values))
         command = [program_path(program) or program, *(it.format(folder=folder) for it in options), f"{folder}/config"]
         user = {"user": "nobody"} if os.geteuid() == 0 else {}
-        async with open_process(command, log=folder / "log", **user):
-            await wait_listening(port, folder / "log")
+        log = log or folder / "log"
+        async with open_process(command, log=log, **user):
+            await wait_listening(port, log, within_s=start_s)
             yield port, folder
 
 
@@ -314,8 +331,8 @@ async def open_process(
             process.wait()
 
 
-async def wait_listening(port: int, log: Path) -> None:
-    with trio.move_on_after(CAP_S):
+async def wait_listening(port: int, log: Path, *, within_s: float = CAP_S) -> None:
+    with trio.move_on_after(within_s):
         while True:
             try:
                 await (await trio.open_tcp_stream("127.0.0.1", port)).aclose()

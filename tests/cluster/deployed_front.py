@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio
 
 from bench.server_process import ROOT
 from tests.clients.surroundings import free_port, open_process, program_path, wait_listening
@@ -35,8 +34,7 @@ async def open_front(name: str, servers: Sequence[Address], folder: Path) -> Asy
     program, port, log = needed_program(name), free_port(), folder / f"{name}.out"
     config = _config(name, servers, port, folder)
     async with open_process([program, *_options(name, config)], log=log):
-        with trio.fail_after(START_S):
-            await wait_listening(port, log)
+        await wait_listening(port, log, within_s=START_S)
         yield Door("127.0.0.1", port)
 
 
