@@ -1,13 +1,13 @@
 """A pgbouncer in transaction mode before the PostgreSQL server of the tests."""
 
-import os
-import pwd
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from tests.unprivileged import user_without_rights
 
 START_S = 30
 POOL_SIZE = 20
@@ -84,11 +84,7 @@ def start_pooler(
     config.write_text(
         _CONFIG.format(server=server, directory=directory, pool_size=pool_size, query_wait_s=query_wait_s)
     )
-    user = None
-    if os.geteuid() == 0:  # it refuses to run as root
-        nobody = pwd.getpwnam("nobody")
-        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-        user = nobody.pw_uid
+    user = user_without_rights(directory)
     process = subprocess.Popen(
         [program, "--quiet", config],
         user=user,

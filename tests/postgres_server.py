@@ -8,7 +8,6 @@ reach the server through pgbouncer.
 
 import ctypes
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -24,6 +23,7 @@ import pytest
 
 from tests import pgbouncer
 from tests.pgbouncer import Pooler
+from tests.unprivileged import user_without_rights
 
 if TYPE_CHECKING:
     import psycopg
@@ -192,11 +192,7 @@ def _version(directory: Path) -> float:
 def start_server(programs: Path) -> PostgresServer:
     """Start a server in a new folder."""
     directory = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=MEMORY_DISK))
-    user = None
-    if os.geteuid() == 0:  # a server refuses to run as root
-        nobody = pwd.getpwnam("nobody")
-        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-        user = nobody.pw_uid
+    user = user_without_rights(directory)
     data = directory / "data"
     try:
         subprocess.run(

@@ -5,7 +5,6 @@ synchronously, because it is checked that what was acknowledged is there after a
 """
 
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from tests.postgres_server import MEMORY_DISK, START_S
+from tests.unprivileged import user_without_rights
 
 if TYPE_CHECKING:
     import psycopg
@@ -161,11 +161,7 @@ def open_database(programs: Path) -> Iterator[Database]:
     """A folder for a server, which is not made yet; removed with the server afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=MEMORY_DISK))
     folder.chmod(0o711)  # a replica in a user namespace of its own uses the socket
-    user = None
-    if os.geteuid() == 0:  # a server refuses to run as root
-        nobody = pwd.getpwnam("nobody")
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-        user = nobody.pw_uid
+    user = user_without_rights(folder)
     database = Database(programs, folder, user)
     try:
         yield database
