@@ -519,8 +519,7 @@ class EventDecoder {
   /** The events that are whole now. Throws: SyntaxError, for one that is no JSON; LastcallError, for a huge one. */
   *feed(text) {
     if (this.#afterReturn && text.startsWith("\n")) text = text.slice(1);
-    if (text !== "") this.#afterReturn = text.endsWith("\r");
-    else this.#afterReturn = false;
+    this.#afterReturn = text.endsWith("\r");
     const lines = text.split(/\r\n|\r|\n/);
     const rest = lines.pop();
     for (const line of lines) {
