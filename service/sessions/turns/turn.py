@@ -60,11 +60,6 @@ class Turn:
             ``record``. A turn that runs goes on after the last of them.
     """
 
-    untold: TurnRecord | None = None
-    """The end of a turn that was left because the store did not take this end."""
-    is_elsewhere = False
-    """Whether another process goes on with the turn, or has ended it, because it took this process for dead."""
-
     def __init__(
         self,
         record: TurnRecord,
@@ -85,6 +80,10 @@ class Turn:
         """Whether the turn's end is in the store. Has a meaning only once the turn has ended."""
         self.is_lost = False
         """Whether the turn is not this process's any more, so that the store will never take its end."""
+        self.is_elsewhere = False
+        """Whether another process goes on with the turn, or has ended it, because it took this process for dead."""
+        self.untold: TurnRecord | None = None
+        """The end of a turn that was left because the store did not take this end."""
         self.crashed = False
         """Whether a fault of this service ended the turn."""
         self.path: Sequence[TurnRecord] | None = None
@@ -113,16 +112,13 @@ class Turn:
         self.end: outcome.Outcome | outcome.Suspended | None = None
         self.is_ending = False
         """Whether the decided end is being stored and published, or was."""
-        self.is_suspended = False
-        """Whether the turn was left to another process: its log is closed, and it has not ended."""
         self.stored_seq = 0
         """The seq up to which checkpoints have stored the events; a store need not write these again at the end."""
         self._settings = settings
         self._record = record
         self._on_disconnect = on_disconnect
         self._return_deadline = -inf
-        self._watches = 0
-        self._readers = 0
+        self._watches = self._readers = 0
         self._reply = Reply(self.log, record.id)
         self._spent: Usage | None = record.usage
         self._stream: ModelStream | None = None
@@ -179,6 +175,11 @@ class Turn:
     @property
     def running(self) -> bool:
         return self._record.state == "running"
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the turn was left to another process: its log is closed, and it has not ended."""
+        return self.log.is_moved
 
     def record(self) -> TurnRecord:
         """The turn's record now, with the reply so far; ``stored`` says whether the store has this end."""
@@ -471,7 +472,7 @@ class Turn:
         Args:
             untold: Its end, which the store has not taken yet: another process may tell another one.
         """
-        self.is_ending = self.is_suspended = True
+        self.is_ending = True
         self.untold = untold
         self._spent, self._stream = self.usage, None
         self.log.leave()
