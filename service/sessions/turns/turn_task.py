@@ -94,14 +94,12 @@ async def end_turn(
     if turn.is_ending:
         return False
     turn.is_ending = True
-    if isinstance(turn.end, outcome.Suspended):
-        if turn.is_elsewhere:
-            _leave_untold(turn)
-        else:
-            await suspend(turn, within_s=within_s)
+    if isinstance(turn.end, outcome.Suspended) and not turn.is_elsewhere:
+        await suspend(turn, within_s=within_s)
         return True
-    if store.standing.is_lost:
-        _publish(turn, None, stored=False, standing=store.standing)
+    if turn.is_elsewhere or store.standing.is_lost:
+        turn.is_lost = True
+        _leave_untold(turn)
         return True
     texts = None
     with trio.CancelScope(deadline=trio.current_time() + within_s, shield=True):
@@ -122,7 +120,7 @@ async def end_turn(
         if store.standing.has_lease and not (stored or turn.is_lost):
             stored = await _wait_kept(turn, keep, standing=store.standing, stop=stop)
     finally:
-        _publish(turn, record, stored=stored or turn.stored, standing=store.standing)
+        _publish(turn, record, stored=stored, standing=store.standing)
     return True
 
 
@@ -135,21 +133,19 @@ async def _wait_kept(turn: Turn, keep: Callable[[], Awaitable[bool]], *, standin
             if standing.is_lost:
                 return False
             if await keep():
-                turn.stored = True
                 return True
     return False if standing.is_lost else await keep()
 
 
-def _publish(turn: Turn, record: TurnRecord | None, *, stored: bool, standing: Standing) -> None:
+def _publish(turn: Turn, record: TurnRecord, *, stored: bool, standing: Standing) -> None:
     """Publish an end; or leave the turn without one, where another process may have told another end."""
     is_gone = turn.is_lost and not standing.is_lost  # with its session, say
     turn.is_lost = turn.is_lost or (standing.is_lost and not stored)
-    is_told = stored or (not turn.is_elsewhere and (is_gone or standing.is_certain))
-    if record is not None and is_told:
+    if stored or (not turn.is_elsewhere and (is_gone or standing.is_certain)):
         turn.conclude(record, stored=stored)
         log_end(turn)
-        return
-    _leave_untold(turn, record)
+    else:
+        _leave_untold(turn, record)
 
 
 def _leave_untold(turn: Turn, record: TurnRecord | None = None) -> None:
