@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -82,6 +83,8 @@ from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 
 logger = structlog.get_logger("lastcall.sessions")
+
+T = TypeVar("T")
 
 _ADOPTIONS_MAX = 3
 """How often a call looks for a suspended turn. Another process, or another call here, may adopt it meanwhile."""
@@ -691,7 +694,7 @@ class Sessions:
             OwnedElsewhereError: The turn is open in another process.
         """
         self._check_not_deleted(session_id)
-        turn = await self._find_or_adopt(session_id, turn_id)
+        turn = await self._find_or_adopt(session_id, turn_id, partial(self._read_ended, session_id, turn_id))
         if isinstance(turn, TurnRecord):
             return turn
         watch = turn.watch_as_asking() if is_client else Watch(None)
@@ -775,7 +778,7 @@ class Sessions:
                 cannot be adopted here.
         """
         self._check_not_deleted(session_id)
-        turn = await self._find_or_adopt(session_id, turn_id)
+        turn = await self._find_or_adopt(session_id, turn_id, partial(self._read_ended, session_id, turn_id))
         if isinstance(turn, TurnRecord):
             return turn
         turn.cut_short(outcome.Cancelled("requested"))
@@ -806,26 +809,19 @@ class Sessions:
             TurnLimitError, ShuttingDownError: The turn is suspended, and cannot be adopted here.
         """
         self._check_not_deleted(session_id)
-        for _ in range(_ADOPTIONS_MAX):
-            turn = self._find_turn(session_id, turn_id)
-            if turn is not None:
-                return turn.log, turn.watch() if watches else turn.watch_as_reader()
-            try:
-                with self._answered_within():
-                    log = await self._replays.open(
-                        session_id,
-                        turn_id,
-                        after=after,
-                        read_turn=lambda with_texts: self._read_ended(session_id, turn_id, with_texts=with_texts),
-                    )
-            except TurnsSuspendedError:
-                await self._acceptance.adopt(session_id)
-            else:
-                return log, Watch(None)
-        raise _changes_often(turn_id)
+        read = partial(self._read_ended, session_id, turn_id)
+        found = await self._find_or_adopt(
+            session_id, turn_id, partial(self._replays.open, session_id, turn_id, after=after, read_turn=read)
+        )
+        if isinstance(found, Turn):
+            return found.log, found.watch() if watches else found.watch_as_reader()
+        return found, Watch(None)
 
-    async def _find_or_adopt(self, session_id: str, turn_id: str) -> Turn | TurnRecord:
-        """The turn, if it is open here; adopted first if it is suspended. Its record, if it has ended.
+    async def _find_or_adopt(self, session_id: str, turn_id: str, read: Callable[[], Awaitable[T]]) -> Turn | T:
+        """The turn, if it is open here; adopted first if it is suspended. What ``read`` returns, if it has ended.
+
+        Args:
+            read: Reads what is stored of the turn, by way of :meth:`_read_ended`.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError, OwnedElsewhereError, TurnLimitError, ShuttingDownError
@@ -836,12 +832,12 @@ class Sessions:
                 return turn
             try:
                 with self._answered_within():
-                    return await self._read_ended(session_id, turn_id, with_texts=True)
+                    return await read()
             except TurnsSuspendedError:
                 await self._acceptance.adopt(session_id)
-        raise _changes_often(turn_id)
+        raise StoreError(f"Turn {turn_id!r} passes from process to process; try again.")
 
-    async def _read_ended(self, session_id: str, turn_id: str, *, with_texts: bool) -> TurnRecord:
+    async def _read_ended(self, session_id: str, turn_id: str, with_texts: bool = True) -> TurnRecord:
         """Read a turn that does not run in this process and has ended.
 
         Raises:
@@ -1029,10 +1025,6 @@ class Sessions:
 
     def _answered_within(self) -> AbstractContextManager[ScopeDeadline]:
         return answered_within(self._settings.store_timeout_s)
-
-
-def _changes_often(turn_id: str) -> StoreError:
-    return StoreError(f"Turn {turn_id!r} passes from process to process; try again.")
 
 
 @asynccontextmanager
