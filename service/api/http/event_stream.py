@@ -226,11 +226,7 @@ class EventStream(ResponseBody):
             self._long = self._encoder.open_long(self._log, self._seq, seen=self._seen, held=bytes_of(self._scope))
             if self._long is not None:
                 return before + self._take_long(self._long)
-        self._caught_up = self._seq == self._log.last_seq
-        self._taken_at = trio.current_time()
-        self._ended = self._log.closed and self._seq == self._log.last_seq
-        if self._ended and self._log.is_moved:
-            chunk += self._moved
+        chunk += self._note_taken()
         if self._held_bytes or len(chunk) > _WRITE_BYTES_MAX:
             self._hold(len(chunk))
         return LastPiece(before + chunk) if self._ended else before + chunk
@@ -243,12 +239,15 @@ class EventStream(ResponseBody):
         self.close_long()
         self._seq = self._log.read_after(self._seq)[0].seq
         self._seen = 0
+        piece += self._note_taken()
+        return LastPiece(piece) if self._ended else piece
+
+    def _note_taken(self) -> bytes:
+        """Note how far the stream has come. Returns what it says at its end, if its turn goes on elsewhere."""
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._caught_up
-        if self._ended and self._log.is_moved:
-            piece += self._moved
-        return LastPiece(piece) if self._ended else piece
+        return self._moved if self._ended and self._log.is_moved else b""
 
     def close_long(self) -> None:
         """Hold no long frames any more: they were read, or the request is over. Idempotent."""
