@@ -369,7 +369,7 @@ async def find_place(log: Events, face: Face, *, seen: int) -> Place:
             return Place(seq, is_lost=True)
         rest = encoder.unseen_of(event, seen)
         return Place(event.seq, rest) if rest else Place(seq, seen=seen)
-    is_over = log.closed and seq == log.last_seq
+    is_over = log.has_ended and seq == log.last_seq
     return Place(seq, face.end if is_over else b"", is_beyond=seen > encoder.frames)
 
 

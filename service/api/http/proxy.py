@@ -579,7 +579,7 @@ class ProxiedStream(ResponseBody):
         if self._seq < log.last_seq:
             # A client that saw events which were lost goes on with the terminal event.
             self._seq = min(self._seq, log.unbroken_seq)
-        if log.closed and self._seq >= log.last_seq:
+        if log.has_ended and self._seq >= log.last_seq:
             return None
         await log.load_after(self._seq)
         return EventStream(log, slot, after=self._seq, encode=self._face, opening=b"", scope=self._scope)

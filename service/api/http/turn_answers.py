@@ -296,7 +296,7 @@ async def stream_again(slot: StreamSlot, opened: FoundTurn, face: TurnFace, *, a
     """Answer the events of a turn that was started before, after ``after``; 204 if none is left."""
     release_later(opened.watch)
     drop_body(request)
-    if opened.log.closed and after == opened.log.last_seq and not opened.log.is_moved:
+    if opened.log.has_ended and after == opened.log.last_seq:
         response = no_content()
     else:
         leave_at_end_of_input()

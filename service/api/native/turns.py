@@ -543,7 +543,7 @@ async def stream_events(session_id: str, turn_id: str) -> TrioResponse:
     may_talk = "talk" in current_caller().may
     log, watch = await service.sessions.open_events(session_id, turn_id, after=seen, watches=may_talk)
     release_later(watch)
-    if seen >= log.last_seq and log.closed and not log.is_moved:
+    if log.has_ended and seen >= log.last_seq:
         return no_content()
     if seen > log.last_seq:
         raise InvalidRequestError(f"This turn has {log.last_seq} events so far.", field=field)

@@ -93,6 +93,11 @@ class Events(Protocol):
     @property
     def closed(self) -> bool: ...
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last event is the terminal one: a log whose turn goes on elsewhere is closed without it."""
+        ...
+
     def read_after(self, seq: int) -> Sequence[Event]:
         """Some of the events after ``seq``, in order; a replay has them once :meth:`load_after` has loaded them."""
         ...
@@ -166,6 +171,11 @@ class EventLog:
     def closed(self) -> bool:
         """Whether no event follows: the log has its terminal event, or its turn goes on elsewhere."""
         return self._closed
+
+    @property
+    def has_ended(self) -> bool:
+        """See :class:`Events`."""
+        return self._closed and not self.is_moved
 
     @property
     def size(self) -> int:

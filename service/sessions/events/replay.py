@@ -106,7 +106,7 @@ class Replay:
         beside: See :class:`~event_log.EventLog`.
     """
 
-    closed = True
+    closed = has_ended = True
     is_moved = False
 
     def __init__(self, replays: Replays, turn: TurnRecord, page: _Page, *, terminal: TerminalEvent) -> None:

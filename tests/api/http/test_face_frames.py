@@ -181,6 +181,13 @@ async def test_a_place_beyond_the_frames_of_a_live_log_is_told() -> None:
     assert await find_place(turn.log, FACE, seen=5) == (3, b"", False, 0, False)
 
 
+async def test_a_stream_whose_turn_goes_on_elsewhere_is_not_told_as_over() -> None:
+    turn = a_told_turn()
+    turn.take([TextDelta("a")])
+    turn.leave()
+    assert await find_place(turn.log, FACE, seen=4) == (2, b"", False, 0, False)
+
+
 @pytest.mark.parametrize("is_replay", [False, True])
 async def test_a_place_late_in_a_long_text_is_found_without_all_of_its_events(
     is_replay: bool, monkeypatch: pytest.MonkeyPatch

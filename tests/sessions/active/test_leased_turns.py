@@ -51,10 +51,6 @@ async def begin(stage: Stage) -> tuple[Turn, Reply]:
     return turn, reply
 
 
-def is_told(turn: Turn) -> bool:
-    return turn.log.closed and not turn.log.is_moved
-
-
 async def test_an_end_waits_for_a_store_that_is_away_while_tokens_go_on(autojump_clock: MockClock) -> None:
     store = LeasedStore()
     async with open_stage(store) as stage:
@@ -155,7 +151,7 @@ async def test_a_stop_ends_the_wait_within_the_time_of_a_store(autojump_clock: M
         stage.sessions.drain.interrupt_all()
         with trio.fail_after(1):
             await stage.sessions.drain.wait_idle()
-        assert is_told(turn) is is_certain
+        assert turn.log.has_ended is is_certain
         store.come_back()
         await stage.sessions.pending_writes.retry()
 
