@@ -97,7 +97,7 @@ async def create_chat_completion() -> TrioResponse:
         return await _whole(await turn.wait_ended())
     await _wait_for_reply(turn, within_s=service.settings.heartbeat_interval_s)
     if turn.log.closed and turn.state != "completed":
-        return end_response(turn.record())
+        return end_response(await turn.wait_ended())
     encoder = ChunkEncoder(turn, includes_usage=with_usage)
     return stream_response(turn.log, slot, after=0, encode=encoder)
 

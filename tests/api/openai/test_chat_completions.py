@@ -239,6 +239,23 @@ async def test_a_failure_after_the_head_was_sent_is_in_the_stream(autojump_clock
     assert told[-1]["error"]["code"] == "first_token_timeout"
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_reply_that_another_process_may_have_ended_before_its_first_piece_is_an_error(
+    streams: bool, autojump_clock: MockClock
+) -> None:
+    async with open_api(model_url="scripted:?silent_after=0") as api, trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+
+        async def ask() -> None:
+            replies.append(await api.call("POST", PATH, body(stream=streams)))
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        api.service.store.standing.is_lost = True
+        api.service.sessions.lose_turns()
+    assert (replies[0].status, replies[0].json["error"]["code"]) == (503, "turn_moved")
+
+
 async def test_a_stream_of_a_process_that_dies_ends_with_an_error_in_the_process_that_passed_it_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
