@@ -125,16 +125,16 @@ async def end_turn(
 
 
 async def _wait_kept(turn: Turn, keep: Callable[[], Awaitable[bool]], *, standing: Standing, stop: StopState) -> bool:
-    """Wait until the store takes an end. Returns whether it did."""
+    """Wait until the store takes an end, or will never take it. Returns whether it did."""
     logger.warning("the end of a turn waits for the store", turn_id=turn.id)
     with trio.move_on_after(UNTOLD_MAX_S), stop.until(Phase.INTERRUPTING):
-        while True:
+        while not turn.is_lost:
             await standing.wait_beat()
             if standing.is_lost:
                 return False
             if await keep():
                 return True
-    return False if standing.is_lost else await keep()
+    return not (standing.is_lost or turn.is_lost) and await keep()
 
 
 def _publish(turn: Turn, record: TurnRecord, *, stored: bool, standing: Standing) -> None:

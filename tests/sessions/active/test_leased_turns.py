@@ -91,6 +91,22 @@ async def test_an_end_that_waits_is_tried_again_with_each_beat(autojump_clock: M
         assert (await turn.wait_ended()).stored
 
 
+async def test_an_end_waits_no_longer_once_the_store_says_that_the_turn_is_gone(autojump_clock: MockClock) -> None:
+    """Its session was deleted meanwhile, say, by another process."""
+    store = LeasedStore()
+    async with open_stage(store) as stage:
+        turn, reply = await begin(stage)
+        store.is_away = True
+        reply.finish()
+        await wait_all_tasks_blocked()
+        await store.mark_deleted(turn.session_id, now=stage.clock())
+        await store.remove_deleted(turn.session_id)
+        before, now = store.attempts, trio.current_time()
+        store.come_back()
+        assert not (await turn.wait_ended()).stored
+        assert (store.attempts, trio.current_time()) == (before + 1, now)
+
+
 async def test_an_end_that_nobody_else_can_have_told_is_told_in_the_end_without_the_store(
     autojump_clock: MockClock,
 ) -> None:
