@@ -262,10 +262,15 @@ class EventStream(ResponseBody):
         self._held_bytes = size
 
 
-def stream_response(log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame) -> TrioResponse:
-    """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back."""
+def stream_response(
+    log: Events, slot: StreamSlot, *, after: int, encode: EncodeFrame, cut: bytes = b""
+) -> TrioResponse:
+    """Return a response that streams a log from ``after`` on. The end of the request always gives the slot back.
+
+    If the stream ends early, ``cut`` is its last frame.
+    """
     release_after_request(slot.close)
-    body = EventStream(log, slot, after=after, encode=encode, scope=request.scope)
+    body = EventStream(log, slot, after=after, encode=encode, cut=cut, scope=request.scope)
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 
@@ -274,7 +279,7 @@ def stream_face(
 ) -> TrioResponse:
     """Return a response that streams a log in a face from a place on, as :func:`stream_response` does.
 
-    See :mod:`service.api.http.face_frames`. If the stream ends early, ``cut`` is its last frame.
+    See :mod:`service.api.http.face_frames`.
     """
     release_after_request(slot.close)
     body = face_stream(log, slot, face=face, place=place, cut=cut, scope=request.scope)

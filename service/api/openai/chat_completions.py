@@ -99,7 +99,7 @@ async def create_chat_completion() -> TrioResponse:
     if turn.log.closed and turn.state != "completed":
         return end_response(await turn.wait_ended())
     encoder = ChunkEncoder(turn, includes_usage=with_usage)
-    return stream_response(turn.log, slot, after=0, encode=encoder)
+    return stream_response(turn.log, slot, after=0, encode=encoder, cut=CUT)
 
 
 async def _wait_for_reply(turn: Turn, *, within_s: float) -> None:

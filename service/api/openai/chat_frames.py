@@ -286,4 +286,4 @@ def _frame(json: bytes) -> bytes:
 ENDS = (_DONE, b"}}}\n\n")
 """How streams end: the last frame, and the end of an error."""
 CUT = _frame(frame_json(CRASHED))
-"""The last frame of a stream whose process has died."""
+"""The last frame of a stream whose process has died, or does not know whether another one has ended the turn."""

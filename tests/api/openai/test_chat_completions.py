@@ -256,6 +256,23 @@ async def test_a_reply_that_another_process_may_have_ended_before_its_first_piec
     assert (replies[0].status, replies[0].json["error"]["code"]) == (503, "turn_moved")
 
 
+async def test_a_stream_whose_end_another_process_may_have_told_ends_with_an_error(autojump_clock: MockClock) -> None:
+    async with open_api(model_url="scripted:?silent_after=3") as api, trio.open_nursery() as nursery:
+        replies: list[Reply] = []
+
+        async def ask() -> None:
+            replies.append(await api.call("POST", PATH, body(stream=True)))
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(1)
+        api.service.store.standing.is_lost = True
+        api.service.sessions.lose_turns()
+    told = chunks(replies[0])
+    assert text_of(told[:-1])
+    assert told[-1]["error"]["code"] == "interrupted"
+
+
 async def test_a_stream_of_a_process_that_dies_ends_with_an_error_in_the_process_that_passed_it_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
