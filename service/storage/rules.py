@@ -156,6 +156,14 @@ def forgotten_until(now: datetime) -> datetime:
 
 # Turns
 
+NOBODY = 0
+"""In place of the owner of suspended turns, in a store that several processes share: no owner has this fence."""
+
+
+def others_of(owner: int | None, *, besides: int) -> int | None:
+    """The fence of another owner of a session's open turns; None if they are this one's, or nobody's."""
+    return None if owner in (None, NOBODY, besides) else owner
+
 
 def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> None:
     """Check the head by which a caller chose a turn's parent. Raises: HeadMovedError."""

@@ -1,6 +1,7 @@
 """What a turn's caller asked of the model beside the input, and what its face wants back: as JSON for every store that
 has rows. It may be large, so it is apart from the fields that every reader of a turn needs."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -48,7 +49,19 @@ def _on_interrupt(turn: TurnRecord) -> dict[str, Any]:
     }
 
 
-def may_resume(state: TurnState, options: bytes | str | None) -> bool:
+def first_waiting(open_turns: Iterable[tuple[str, int, TurnState, bytes | str | None]]) -> str | None:
+    """The first turn that is suspended, or would be by a recovery from an owner that is gone.
+
+    Args:
+        open_turns: Id, owner, state and options of each.
+    """
+    for turn_id, owner, state, options in open_turns:
+        if owner == rules.NOBODY or _may_resume(state, options):
+            return turn_id
+    return None
+
+
+def _may_resume(state: TurnState, options: bytes | str | None) -> bool:
     """Whether an open turn with these options may have another attempt (:func:`~service.storage.rules.may_resume`)."""
     asked = options_of(options)
     return bool(asked) and rules.may_resume(state, asked["on_interrupt"], asked["attempt"])

@@ -10,7 +10,6 @@ from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, sessions
 from service.storage.postgres.connections import Db, Me
-from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.turn_rows import parts, values_of
 from service.storage.postgres.turns import Place, to_follow
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
@@ -166,5 +165,5 @@ def insert(
 
 def _values_of_state(turn: TurnRecord, runs: Sequence[Run]) -> dict[str, object]:
     if turn.is_open:
-        return event_pages.values_in_pages(turn, runs) | {"owner": NOBODY}
+        return event_pages.values_in_pages(turn, runs) | {"owner": rules.NOBODY}
     return event_pages.values_of_events(turn, runs) | {"owner": None}

@@ -9,10 +9,10 @@ from service.storage import rules
 from service.storage.pieces import last_seq, text_of
 from service.storage.postgres import event_pages, segments, sessions
 from service.storage.postgres.connections import Cursor, Db, Me
-from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.segments import SEGMENT
 from service.storage.postgres.turn_rows import TURN_COLUMNS, turn_of, values_of
 from service.storage.records import AdoptedTurn, Checkpoint, TurnRecord
+from service.storage.rules import NOBODY
 
 _OPEN = (
     f"SELECT t.key, t.owner, t.segment, {TURN_COLUMNS} FROM {{s}}.turns AS t "

@@ -11,7 +11,6 @@ from service.storage.item_json import items_of
 from service.storage.pieces import Run
 from service.storage.postgres import segments
 from service.storage.postgres.connections import Cursor, Db
-from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.rows import Row
 from service.storage.postgres.turn_rows import json_of, settings_json, settings_of, turn_of
 from service.storage.records import EventsPage, TurnRecord, text_length
@@ -32,7 +31,8 @@ _TEXTS = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(%s::bigi
 _RUNS = "SELECT runs FROM {s}.event_pages WHERE turn = %s ORDER BY after"
 _OF_SUSPENDED = (
     "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(ARRAY(SELECT t.key FROM {s}.turns AS t "
-    f"WHERE t.session = (SELECT key FROM {{s}}.sessions WHERE id = %s) AND t.owner = {NOBODY})) ORDER BY turn, after"
+    f"WHERE t.session = (SELECT key FROM {{s}}.sessions WHERE id = %s) AND t.owner = {rules.NOBODY})) "
+    "ORDER BY turn, after"
 )
 _DROP = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
 _ADD = (
@@ -163,6 +163,6 @@ def read(db: Db, session_id: str, turn_id: str, *, after: int, length_max: int) 
     rows = ((row[0], pieces.unpack(row[1]), row[2].decode()) for row in db.execute(_FROM, values))
     page = page_of_rows(rows, after=after, length_max=length_max)
     kept = settings_of(settings)
-    if owner == NOBODY:
+    if owner == rules.NOBODY:
         return msgspec.structs.replace(page, kept=kept.kept)
     return msgspec.structs.replace(page, kept=kept.kept, ended=True, text_length=kept.text_length)

@@ -162,7 +162,7 @@ class Plan:
         rows: list[Row] = db.execute(_READ, values).fetchall()
         records = event_pages.records_of(db, self._source_id, [row[:-3] for row in rows])
         for turn, (*columns, key, _, events_bytes) in zip(records, rows, strict=True):
-            others = owners.others_of(source.owner, besides=self._fence)
+            others = rules.others_of(source.owner, besides=self._fence)
             if turn.is_open and others is not None:
                 owner = owners.owner_of(db, others)
                 raise OwnedElsewhereError(self._source_id, fence=owner.fence, address=owner.address)

@@ -20,8 +20,6 @@ from service.storage.store import Monotonic
 
 logger = structlog.get_logger("lastcall.store")
 
-NOBODY = 0
-"""In place of the owner of suspended turns: no owner has this fence."""
 BEAT_S = 1.0
 LEASE_S = 6
 """How long the beats of an owner stand still before another owner takes it for dead."""
@@ -235,11 +233,6 @@ class Observer:
         if self._on_taken is not None:
             self._on_taken()
         return True
-
-
-def others_of(owner: int | None, *, besides: int) -> int | None:
-    """The fence of another owner of a session's open turns; None if they are this one's, or nobody's."""
-    return None if owner in (None, NOBODY, besides) else owner
 
 
 def refuse_if_alive(db: Db, fence: int, session_id: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from service.storage.postgres import documents, event_pages, idempotency, metadata
 from service.storage.postgres.connections import Db
+from service.storage.rules import NOBODY
 
 HIDDEN = 0
 """The ``deletion`` of a hidden session, in place of the owner that marked it."""
@@ -21,7 +22,7 @@ _SESSIONS_MAX = 100
 # What their owner still does with them finds them closed, as if they were gone.
 _CLOSE_TURNS = (
     "UPDATE {s}.turns SET owner = NULL, segment = NULL, state = 'interrupted' FROM {s}.sessions AS s "
-    "WHERE s.key = ANY(%s) AND turns.owner = ANY(ARRAY[s.owner, 0]) AND turns.session = s.key "
+    f"WHERE s.key = ANY(%s) AND turns.owner = ANY(ARRAY[s.owner, {NOBODY}]) AND turns.session = s.key "
     "AND turns.owner IS NOT NULL"
 )
 _HIDE = "UPDATE {s}.sessions SET id = '+' || key, deletion = 0, owner = NULL, open_turns = 0 WHERE key = ANY(%s)"

@@ -364,7 +364,7 @@ def settle(db: Db, kept: StoredSession, me: Me, now: datetime) -> bool:
     Raises:
         OwnedElsewhereError: The owner lives.
     """
-    others = owners.others_of(kept.owner, besides=me.fence)
+    others = rules.others_of(kept.owner, besides=me.fence)
     if others is None:
         return False
     owners.refuse_if_alive(db, others, kept.record.id)

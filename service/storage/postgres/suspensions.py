@@ -8,15 +8,15 @@ from datetime import datetime
 
 import msgspec
 
+from service.storage import turn_options
 from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import event_pages
 from service.storage.postgres.connections import Db
-from service.storage.postgres.owners import NOBODY
 from service.storage.postgres.rows import Row
 from service.storage.postgres.turn_rows import values_of
 from service.storage.records import SuspendedTurn, TurnRecord
-from service.storage.turn_options import may_resume
+from service.storage.rules import NOBODY
 
 _BYTES_AT_ONCE = 4 * 1024 * 1024
 """The texts that are on their way to the server at once."""
@@ -131,10 +131,7 @@ def note(db: Db, session: int, *, open_turns: int) -> None:
 def first_waiting(db: Db, session: int, *, others: int | None) -> str | None:
     """The first turn of a session that is suspended, or would be by a recovery from an owner that is gone."""
     rows: list[Row] = db.execute(_WAITING, {"session": session, "others": others}).fetchall()
-    for turn_id, owner, state, options in rows:
-        if owner == NOBODY or may_resume(state, options):
-            return str(turn_id)
-    return None
+    return turn_options.first_waiting(rows)
 
 
 def list_page(db: Db, *, limit: int, idle_since: datetime) -> Sequence[str]:

@@ -15,6 +15,7 @@ from service.storage.page_cursor import TurnPosition, encode_cursor
 from service.storage.postgres.connections import Db
 from service.storage.postgres.rows import Row
 from service.storage.records import Page, Places, Siblings, TreeNode
+from service.storage.rules import NOBODY
 
 _LAST_PLACE = (
     "SELECT last.place FROM {s}.turns AS last WHERE last.session = turns.session "
@@ -43,7 +44,8 @@ _MOVE_UP = (
 )
 _OPEN_FOLLOWER = (
     "WITH RECURSIVE up (open_turn, chain, depth, chain_parent) AS ("
-    "SELECT id, chain, depth, chain_parent FROM {s}.turns WHERE owner IN (0, %(owner)s) AND session = %(session)s "
+    f"SELECT id, chain, depth, chain_parent FROM {{s}}.turns WHERE owner IN ({NOBODY}, %(owner)s) "
+    "AND session = %(session)s "
     "UNION ALL SELECT open_turn, parent.chain, parent.depth, parent.chain_parent FROM up "
     "JOIN {s}.turns AS parent ON parent.key = up.chain_parent) "
     "SELECT open_turn FROM up JOIN {s}.turns AS this ON this.key = %(turn)s "

@@ -9,6 +9,7 @@ from service.storage.item_json import items_of
 from service.storage.moments import moment, time_of
 from service.storage.postgres.rows import Row
 from service.storage.records import EndReason, Failure, Item, LeftOut, TurnRecord
+from service.storage.rules import NOBODY
 from service.storage.turn_options import options_json, options_of
 
 _ROWS_AT_ONCE = 1000
@@ -40,7 +41,8 @@ _settings: msgspec.json.Decoder[TurnSettings] = msgspec.json.Decoder(TurnSetting
 
 PATH_COLUMNS = (
     "t.id, t.parent, t.state, t.created_at, t.started_at, t.ended_at, t.last_seq, t.ephemeral, t.events_deleted, "
-    "t.settings, t.input, t.output, CASE WHEN (t.owner IS NULL OR t.owner = 0) AND t.runs IS NULL THEN t.key END"
+    f"t.settings, t.input, t.output, CASE WHEN (t.owner IS NULL OR t.owner = {NOBODY}) "
+    "AND t.runs IS NULL THEN t.key END"
 )
 """The columns of turns that are read for a prompt or for their messages: options may be larger than these are."""
 TURN_COLUMNS = f"{PATH_COLUMNS}, t.options"

@@ -186,11 +186,11 @@ def to_follow(
         TurnsSuspendedError
     """
     kept, place, path = _look(db, turn, now, path_bytes_max)
-    others = owners.others_of(kept.owner, besides=me.fence)
+    others = rules.others_of(kept.owner, besides=me.fence)
     if others is not None:
         owners.refuse_if_alive(db, others, turn.session_id)
     rules.check_head(kept.record, head)
-    if begins and (others is not None or kept.owner == owners.NOBODY):
+    if begins and (others is not None or kept.owner == rules.NOBODY):
         waiting = suspensions.first_waiting(db, kept.key, others=others)
         if waiting is not None:
             raise TurnsSuspendedError(waiting)

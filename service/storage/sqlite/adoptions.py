@@ -9,8 +9,9 @@ import msgspec
 from service.storage import rules
 from service.storage.pieces import last_seq
 from service.storage.records import AdoptedTurn, TurnRecord
+from service.storage.rules import NOBODY
 from service.storage.sqlite import event_pages, recovery, sessions, suspensions
-from service.storage.sqlite.ownership import NOBODY, Ownership
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, turn_of
 
 # ``+`` makes SQLite search by owner: the open turns of one are few.

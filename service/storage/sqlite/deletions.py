@@ -27,7 +27,7 @@ from service.storage.sqlite import (
     trees,
     turns,
 )
-from service.storage.sqlite.ownership import NOBODY, Ownership
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import TURN_COLUMNS, Row, input_of, values_of
 from service.storage.sqlite.tree_changes import Part, Progress
 
@@ -42,7 +42,7 @@ _NEWER_FIRST = (
     "WHERE session = :session AND ordinal < :below ORDER BY ordinal DESC"
 )
 # ``+`` makes SQLite search by owner: the open turns of one are few.
-_OPEN = f"SELECT id FROM turns WHERE owner IN ({NOBODY}, ?) AND +session = ?"
+_OPEN = f"SELECT id FROM turns WHERE owner IN ({rules.NOBODY}, ?) AND +session = ?"
 _IS_OPEN = "SELECT owner IS NOT NULL FROM turns WHERE id = ? AND session = ?"
 _FOUND = f"{TURN_COLUMNS}, key, ordinal"
 _GET = f"SELECT {_FOUND} FROM shown_turns WHERE id = ? AND session = ?"

@@ -10,7 +10,6 @@ from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.records import TurnRecord
 from service.storage.sqlite import documents, event_pages, removals
-from service.storage.sqlite.ownership import NOBODY
 from service.storage.sqlite.rows import values_of
 
 _COLUMNS = (
@@ -35,9 +34,9 @@ _COUNT = (
     "UPDATE sessions SET open_turns = open_turns + :open_turns, "
     # The owner of a session has an open turn of it: the others may all be suspended.
     "owner = CASE WHEN open_turns + :open_turns = 0 THEN NULL "
-    f"WHEN EXISTS (SELECT 1 FROM turns WHERE owner = {NOBODY} AND +session = :session) AND NOT EXISTS ("
+    f"WHEN EXISTS (SELECT 1 FROM turns WHERE owner = {rules.NOBODY} AND +session = :session) AND NOT EXISTS ("
     "SELECT 1 FROM turns WHERE owner = sessions.owner AND +session = :session AND key <> :turn) "
-    f"THEN {NOBODY} ELSE owner END, "
+    f"THEN {rules.NOBODY} ELSE owner END, "
     "message_count = message_count + :message_count, input_tokens = input_tokens + :input_tokens, "
     "output_tokens = output_tokens + :output_tokens, reasoning_tokens = reasoning_tokens + :reasoning_tokens, "
     "cached_tokens = cached_tokens + :cached_tokens, last_accessed_at = :now, expires_at = :expires_at "

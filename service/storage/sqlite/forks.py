@@ -16,7 +16,7 @@ from service.storage import rules
 from service.storage.fork_path import ForkPath, copies_of, forked_session
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.sqlite import event_pages, idempotency, removals, sessions, turns
-from service.storage.sqlite.ownership import others_of, owner_of
+from service.storage.sqlite.ownership import owner_of
 from service.storage.sqlite.rows import TURN_COLUMNS, Row
 
 STEP_S = 0.005
@@ -122,7 +122,7 @@ class Plan(turns.PathWalk):
     def _takes(self, db: apsw.Connection, row: Row) -> bool:
         assert self._source is not None
         turn = event_pages.record_of(db, self._session_id, row)
-        others = others_of(self._source.owner, besides=self._fence)
+        others = rules.others_of(self._source.owner, besides=self._fence)
         if turn.is_open and others is not None:
             owner = owner_of(db, others)
             raise OwnedElsewhereError(self._session_id, fence=owner.fence, address=owner.address)

@@ -14,8 +14,6 @@ from service.storage.records import Owner
 from service.storage.sqlite.ofd_locks import OfdLocks
 
 SECRET_BYTES = 32
-NOBODY = 0
-"""In place of the owner of suspended turns: no owner has this fence."""
 
 
 class Ownership:
@@ -84,11 +82,6 @@ def find_owner(db: apsw.Connection, session_id: str, *, besides: int) -> Owner |
         (session_id, besides),
     ).fetchone()
     return None if row is None else Owner(fence=row[0], address=row[1])
-
-
-def others_of(owner: int | None, *, besides: int) -> int | None:
-    """The fence of another owner of a session's open turns; None if they are this one's, or nobody's."""
-    return None if owner in (None, NOBODY, besides) else owner
 
 
 def owner_of(db: apsw.Connection, fence: int) -> Owner:

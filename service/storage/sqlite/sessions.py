@@ -15,7 +15,7 @@ from service.storage.page_cursor import SessionPosition, encode_cursor
 from service.storage.page_size import fitting
 from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionRecord, SessionStatus, TitleSource
 from service.storage.sqlite import documents, idempotency, metadata, recovery, removals, trees
-from service.storage.sqlite.ownership import Ownership, others_of
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import SESSION_COLUMNS, SETTINGS_COLUMNS, Row, session_of, settings_of
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns_begun, owner, edits FROM sessions WHERE id = ?"
@@ -349,7 +349,7 @@ def settle(db: apsw.Connection, kept: StoredSession, owners: Ownership, now: dat
     Raises:
         OwnedElsewhereError: The owner lives.
     """
-    others = others_of(kept.owner, besides=owners.fence)
+    others = rules.others_of(kept.owner, besides=owners.fence)
     if others is None:
         return False
     recovery.refuse_if_alive(db, others, owners, kept.record.id)

@@ -10,12 +10,11 @@ from datetime import datetime
 import apsw
 import msgspec
 
-from service.storage import rules
+from service.storage import rules, turn_options
 from service.storage.moments import moment
 from service.storage.records import TurnRecord, text_length
-from service.storage.sqlite.ownership import NOBODY
+from service.storage.rules import NOBODY
 from service.storage.sqlite.rows import Row, as_json, values_of
-from service.storage.turn_options import may_resume
 
 _COLUMNS = (
     "owner",
@@ -98,10 +97,7 @@ def is_suspended(db: apsw.Connection, turn_id: str) -> bool:
 def first_waiting(db: apsw.Connection, session: int, *, others: int | None) -> str | None:
     """The first turn of a session that is suspended, or would be by a recovery from an owner that is gone."""
     rows: list[Row] = db.execute(_WAITING, {"session": session, "others": others}).fetchall()
-    for turn_id, owner, state, options in rows:
-        if owner == NOBODY or may_resume(state, options):
-            return str(turn_id)
-    return None
+    return turn_options.first_waiting(rows)
 
 
 def list_page(db: apsw.Connection, *, limit: int, idle_since: datetime) -> Sequence[str]:

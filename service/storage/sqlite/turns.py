@@ -41,7 +41,7 @@ from service.storage.sqlite import (
 )
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.event_pages import record_of
-from service.storage.sqlite.ownership import NOBODY, Ownership, others_of
+from service.storage.sqlite.ownership import Ownership
 from service.storage.sqlite.rows import PATH_COLUMNS, TURN_COLUMNS, Row, as_json, has_lost_items, values_of
 
 _NEWEST = 1 << 62
@@ -235,11 +235,11 @@ def _session_for(
         ordinal = db.execute(_ORDINAL_TO_FOLLOW, (turn.parent, kept.key)).get
         if ordinal is None:
             raise TurnNotFoundError(turn.parent)
-    others = others_of(kept.owner, besides=owners.fence)
+    others = rules.others_of(kept.owner, besides=owners.fence)
     if others is not None:
         recovery.refuse_if_alive(db, others, owners, turn.session_id)
     rules.check_head(kept.record, head)
-    if begins and (others is not None or kept.owner == NOBODY):
+    if begins and (others is not None or kept.owner == rules.NOBODY):
         waiting = suspensions.first_waiting(db, kept.key, others=others)
         if waiting is not None:
             raise TurnsSuspendedError(waiting)
@@ -503,7 +503,7 @@ def insert_ended(
 
 def insert_suspended(db: apsw.Connection, session: int, ordinal: int, turn: TurnRecord, runs: Sequence[Run]) -> None:
     """Add a turn that is suspended already. The caller updates the session's counters, and the places of siblings."""
-    values = values_of(turn) | {"session": session, "ordinal": ordinal, "owner": NOBODY}
+    values = values_of(turn) | {"session": session, "ordinal": ordinal, "owner": rules.NOBODY}
     key = _insert(db, turn, values)
     event_pages.keep(db, key, runs, text_of(runs, [item.text for item in turn.output]), after=0)
     suspensions.keep(db, key, turn)
