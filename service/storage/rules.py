@@ -17,7 +17,7 @@ from service.errors import (
     TurnNotFoundError,
 )
 from service.models.client import NO_OPTIONS, Usage
-from service.storage.pieces import CALL, QUEUED, STARTED, Resumed, Run, resumed_run, run_of
+from service.storage.pieces import CALL, QUEUED, STARTED, Resumed, Run, last_seq, resumed_run, run_of
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     AdoptedTurn,
@@ -378,8 +378,8 @@ def released(turn: TurnRecord, items: Iterable[Item], growth: Iterable[tuple[int
     ``items`` and ``growth`` are as for :func:`crashed`.
     """
     output = with_texts(joined(items), growth)
-    last_seq = turn.last_seq if turn.state == "queued" else SEQ_AFTER_CRASH * (turn.attempt + 1)
-    return msgspec.structs.replace(turn, last_seq=last_seq, output=output)
+    seq = turn.last_seq if turn.state == "queued" else SEQ_AFTER_CRASH * (turn.attempt + 1)
+    return msgspec.structs.replace(turn, last_seq=seq, output=output)
 
 
 def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> AdoptedTurn:
@@ -405,6 +405,17 @@ def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> Adopte
         event = Resumed(seq, attempt, "retry")
     adopted = msgspec.structs.replace(turn, attempt=attempt, last_seq=seq, output=output)
     return AdoptedTurn(turn=adopted, runs=(*kept, resumed_run(event)))
+
+
+def as_adopted(
+    turn: TurnRecord, runs: Sequence[Run], items: Iterable[Item], growth: Iterable[tuple[int, str]]
+) -> AdoptedTurn:
+    """A turn that its owner has adopted already, as it is: the answer to that adoption may have been lost.
+
+    ``runs`` are the events that are kept, ``items`` and ``growth`` as for :func:`crashed`.
+    """
+    output = with_texts(joined(items), growth)
+    return AdoptedTurn(turn=msgspec.structs.replace(turn, output=output, last_seq=last_seq(runs)), runs=tuple(runs))
 
 
 def _goes_on(output: Sequence[Item]) -> bool:

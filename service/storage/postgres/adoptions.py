@@ -6,7 +6,7 @@ from datetime import datetime
 import msgspec
 
 from service.storage import rules
-from service.storage.pieces import last_seq, text_of
+from service.storage.pieces import text_of
 from service.storage.postgres import event_pages, segments, sessions
 from service.storage.postgres.connections import Cursor, Db, Me
 from service.storage.postgres.segments import SEGMENT
@@ -59,10 +59,9 @@ def adopt(
             turn = waits.told_of(turn)
             taken[key] = rules.resumed(turn, waits.runs, continues=continues(turn))
             adopted.append(taken[key])
-        elif turn.id not in running:
-            it = _taken(db, key, turn, owner=owner, segment=segment)
-            if it.turn.on_interrupt != "fail":
-                adopted.append(it)
+        elif turn.id not in running and turn.on_interrupt != "fail":
+            grown = segments.grown_of(db, owner, [key], segment=segment)[key]
+            adopted.append(rules.as_adopted(grown.told_of(turn), grown.runs, grown.items, grown.texts))
     if taken:
         _take(db, kept.key, taken, me)
     return adopted
@@ -98,12 +97,3 @@ def _checkpoint(adopted: AdoptedTurn) -> Checkpoint:
         text=text_of(adopted.runs, [item.text for item in turn.output]),
         items=rules.without_texts(turn.output),
     )
-
-
-def _taken(db: Db, key: int, turn: TurnRecord, *, owner: int, segment: int) -> AdoptedTurn:
-    """The turn of this key, which is this owner's already."""
-    grown = segments.grown_of(db, owner, [key], segment=segment)[key]
-    turn = grown.told_of(turn)
-    output = rules.with_texts(rules.joined(grown.items), grown.texts)
-    runs = tuple(grown.runs)
-    return AdoptedTurn(turn=msgspec.structs.replace(turn, output=output, last_seq=last_seq(runs)), runs=runs)

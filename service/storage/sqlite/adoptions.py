@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 
 import apsw
-import msgspec
 
 from service.storage import rules
 from service.storage.pieces import last_seq
@@ -44,7 +43,9 @@ def adopt(
         else:
             turn, _ = turn_of(session_id, tuple(columns))
             if turn.id not in running and turn.on_interrupt != "fail":
-                adopted.append(_taken(db, key, turn))
+                runs = event_pages.runs_in_pages(db, key)
+                items, growth = recovery.items_kept_of(db, key), event_pages.growth_of(db, key)
+                adopted.append(rules.as_adopted(turn, runs, items, growth))
     if any(owner == NOBODY for *_, owner in rows):
         db.execute(_OWN, (owners.fence, kept.key))
     return adopted
@@ -64,11 +65,3 @@ def _take(
         else:
             event_pages.keep(db, key, adopted.runs[-1:], "", after=last_seq(runs))
     return adopted
-
-
-def _taken(db: apsw.Connection, key: int, turn: TurnRecord) -> AdoptedTurn:
-    """The turn of this key, which is this owner's already."""
-    runs = event_pages.runs_in_pages(db, key)
-    items = rules.joined(recovery.items_kept_of(db, key))
-    output = rules.with_texts(items, event_pages.growth_of(db, key))
-    return AdoptedTurn(turn=msgspec.structs.replace(turn, output=output, last_seq=last_seq(runs)), runs=tuple(runs))
