@@ -181,13 +181,12 @@ def _single_sessions(settings: Settings) -> _SingleSessions:
         export, add = partial(maintenance.export_session, path), partial(maintenance.import_session, path)
         return _SingleSessions(str(path), export, add)
     try:
-        from service.storage.postgres import single_sessions  # noqa: PLC0415  only this kind needs psycopg
+        from service.storage.postgres import connections, single_sessions  # noqa: PLC0415  only this kind needs psycopg
     except ModuleNotFoundError as error:
         raise missing_driver(url) from error
-    name = f"{shown_store_url(url)} (schema {settings.store_schema})"
     schema = settings.store_schema
     return _SingleSessions(
-        name,
+        connections.name_of_store(url, schema),
         partial(single_sessions.export_session, url, schema_name=schema),
         partial(single_sessions.import_session, url, schema_name=schema),
     )

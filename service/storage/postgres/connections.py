@@ -19,6 +19,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from service.errors import StoreError
+from service.settings import shown_store_url
 from service.storage.postgres.faults import Faults, startup_error
 from service.storage.postgres.rows import Row
 from service.storage.postgres.schema import quoted
@@ -312,6 +313,11 @@ class Line:
             raise self._failure from error
         self._failure = None
         return db
+
+
+def name_of_store(url: str, schema: str) -> str:
+    """The name of a store in messages, without secrets."""
+    return f"{shown_store_url(url)} (schema {schema})"
 
 
 def connect(url: str) -> Connection:

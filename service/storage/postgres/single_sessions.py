@@ -7,14 +7,12 @@ from datetime import datetime
 import psycopg
 
 from service.errors import RefusedError, SessionNotFoundError, StartupError
-from service.settings import shown_store_url
 from service.steps import at_once
 from service.storage.pieces import Run
 from service.storage.postgres import additions, documents, schema, sessions
-from service.storage.postgres.connections import Connection, Db, connect_first
-from service.storage.postgres.faults import startup_error
+from service.storage.postgres.connections import Connection, Db
 from service.storage.postgres.turn_rows import parts
-from service.storage.postgres.whole_store import places_of, turns_of
+from service.storage.postgres.whole_store import connected, places_of, turns_of
 from service.storage.records import SessionRecord, TurnRecord
 from service.storage.search import searched_texts
 from service.storage.terms import document_terms
@@ -73,22 +71,15 @@ def import_session(
 
 @contextmanager
 def _opened(url: str, schema_name: str, *, makes: bool) -> Iterator[tuple[Connection, Db]]:
-    name = f"{shown_store_url(url)} (schema {schema_name})"
-    connection = connect_first(url, place=name)
-    try:
-        if not makes and not schema.has_tables(connection, schema_name):
-            raise StartupError(f"There is no store in {name}.")
+    with connected(url, schema_name=schema_name, makes=makes) as (name, connection):
         if not makes and not schema.is_up(connection, schema_name):
             raise StartupError(f"{name} was written by an older version; run lastcall migrate, or start the service.")
         schema.prepare(connection, schema_name, place=name)
         db = Db(connection, schema_name)
         db.begin(None)
-        yield connection, db
-    except psycopg.errors.UniqueViolation:
-        raise RefusedError(
-            f"A turn of this session is in {name} already, in another session; delete that one first."
-        ) from None
-    except psycopg.Error as error:
-        raise startup_error(name, error) from None
-    finally:
-        connection.close()
+        try:
+            yield connection, db
+        except psycopg.errors.UniqueViolation:
+            raise RefusedError(
+                f"A turn of this session is in {name} already, in another session; delete that one first."
+            ) from None

@@ -16,7 +16,6 @@ import trio
 from service import store_capabilities
 from service.errors import ItemNotFoundError, StoreError
 from service.models.client import Usage
-from service.settings import shown_store_url
 from service.storage import rules
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run
@@ -41,7 +40,7 @@ from service.storage.postgres import (
     trees,
     turns,
 )
-from service.storage.postgres.connections import Db, Line, Me, connect_first
+from service.storage.postgres.connections import Db, Line, Me, connect_first, name_of_store
 from service.storage.postgres.faults import Faults, startup_error
 from service.storage.postgres.late_answers import LateAnswers
 from service.storage.postgres.owners import FenceLostError, Observer, Ownership
@@ -127,7 +126,7 @@ class PostgresStore:
     def __init__(
         self, url: str, *, schema_name: str, address: str | None, monotonic: Monotonic = time.monotonic
     ) -> None:
-        self.name = f"{shown_store_url(url)} (schema {schema_name})"
+        self.name = name_of_store(url, schema_name)
         self.peer_secret = b""
         self.standing = Standing(lease_s=owners.LEASE_S, monotonic=monotonic)
         self._token = trio.lowlevel.current_trio_token()

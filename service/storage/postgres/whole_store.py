@@ -8,7 +8,6 @@ from datetime import datetime
 import psycopg
 
 from service.errors import StartupError
-from service.settings import shown_store_url
 from service.storage.pieces import unpack
 from service.storage.postgres import (
     additions,
@@ -20,7 +19,7 @@ from service.storage.postgres import (
     sessions,
     suspensions,
 )
-from service.storage.postgres.connections import Connection, Db, connect_first
+from service.storage.postgres.connections import Connection, Db, connect_first, name_of_store
 from service.storage.postgres.faults import startup_error
 from service.storage.postgres.owners import BEAT_S, LEASE_S, Observer, Ownership
 from service.storage.postgres.rows import SESSION_COLUMNS, SESSION_WIDTH, session_of
@@ -64,12 +63,8 @@ def open_whole_store(url: str, *, schema_name: str, now: datetime, makes: bool) 
     Raises:
         StartupError: The database cannot be used, or another process uses the store.
     """
-    name = f"{shown_store_url(url)} (schema {schema_name})"
-    connection = connect_first(url, place=name)
-    try:
+    with connected(url, schema_name=schema_name, makes=makes) as (name, connection):
         ownership = Ownership()
-        if not makes and not schema.has_tables(connection, schema_name):
-            raise StartupError(f"There is no store in {name}.")
         schema.prepare(connection, schema_name, place=name)
         store = WholePostgresStore(name, connection, Db(connection, schema_name))
         store.become_owner(ownership, now)
@@ -78,10 +73,6 @@ def open_whole_store(url: str, *, schema_name: str, now: datetime, makes: bool) 
         finally:
             if not connection.closed:
                 ownership.leave(store.db)
-    except psycopg.Error as error:
-        raise startup_error(name, error) from None
-    finally:
-        connection.close()
 
 
 def bring_up(url: str, *, schema_name: str) -> tuple[str, int, int]:
@@ -93,15 +84,31 @@ def bring_up(url: str, *, schema_name: str) -> tuple[str, int, int]:
     Raises:
         StartupError: The database cannot be used, or its tables are of a version that this code does not know.
     """
-    name = f"{shown_store_url(url)} (schema {schema_name})"
+    with connected(url, schema_name=schema_name, makes=True) as (name, connection):
+        prepared = schema.prepare(connection, schema_name, place=name)
+    return name, prepared.before, prepared.version
+
+
+@contextmanager
+def connected(url: str, *, schema_name: str, makes: bool) -> Iterator[tuple[str, Connection]]:
+    """Connect for a command of an operator. Gives the name of the store, too.
+
+    Args:
+        makes: Whether the command makes the tables if there are none.
+
+    Raises:
+        StartupError: The database cannot be used, or has no store.
+    """
+    name = name_of_store(url, schema_name)
     connection = connect_first(url, place=name)
     try:
-        prepared = schema.prepare(connection, schema_name, place=name)
+        if not makes and not schema.has_tables(connection, schema_name):
+            raise StartupError(f"There is no store in {name}.")
+        yield name, connection
     except psycopg.Error as error:
         raise startup_error(name, error) from None
     finally:
         connection.close()
-    return name, prepared.before, prepared.version
 
 
 class WholePostgresStore:
