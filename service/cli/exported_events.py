@@ -8,30 +8,9 @@ import msgspec
 
 from service.api.native.event_frames import decode_frame, encode_frame
 from service.cli.session_export import ExportedSession, ExportedTurn, not_exported, shown, without_open_turns
-from service.sessions.events.events import (
-    TurnArguments,
-    TurnCall,
-    TurnDelta,
-    TurnQueued,
-    TurnReasoning,
-    TurnResumed,
-    TurnStarted,
-)
-from service.sessions.events.kept_events import Place, events_of, terminal_event_of
-from service.storage.pieces import (
-    CALL,
-    QUEUED,
-    STARTED,
-    Resumed,
-    Run,
-    are_of,
-    count,
-    join,
-    last_seq,
-    length_bytes,
-    resumed_run,
-    text_of,
-)
+from service.sessions.events import kept_events
+from service.sessions.events.events import TurnDelta, TurnReasoning
+from service.storage.pieces import Run, are_of, count, join, last_seq, length_bytes, text_of
 from service.storage.records import EventsPage, SessionRecord, TurnRecord
 from service.storage.rules import events_at_once
 from service.storage.sqlite import maintenance
@@ -76,8 +55,8 @@ def frames_of(turn: TurnRecord, runs: Sequence[Run]) -> tuple[str, ...]:
         return ()
     texts = [item.text for item in turn.output]
     page = EventsPage(after=0, runs=tuple(runs), text=text_of(runs, texts))
-    events, _ = events_of(turn, page, Place(0), events_max=count(runs))
-    terminal = terminal_event_of(turn, text_length=len(turn.text))
+    events, _ = kept_events.events_of(turn, page, kept_events.Place(0), events_max=count(runs))
+    terminal = kept_events.terminal_event_of(turn, text_length=len(turn.text))
     if terminal is not None and last_seq(runs) == turn.last_seq - 1:
         events.append(terminal)
     return tuple(encode_frame(event).decode() for event in events)
@@ -101,20 +80,12 @@ def runs_of(turn: TurnRecord, frames: Iterable[str]) -> list[Run]:
     runs: list[Run] = []
     for number, frame in enumerate(frames):
         match decode_frame(frame.encode()):
-            case TurnQueued():
-                runs.append(Run(QUEUED))
-            case TurnStarted():
-                runs.append(Run(STARTED))
-            case TurnResumed(seq=seq, attempt=attempt, mode=mode, text_length=text_length):
-                runs.append(resumed_run(Resumed(seq, attempt, mode, text_length)))
-            case TurnCall(item=item):
-                runs.append(Run(CALL - item))
-            case TurnArguments(item=item, text=text):
-                runs.append(Run(item, length_bytes(len(text))))
             case TurnDelta(text=text):
                 runs.append(_grow(growing["message"], text, turn, number))
             case TurnReasoning(text=text):
                 runs.append(_grow(growing["reasoning"], text, turn, number))
+            case event:
+                runs += kept_events.runs_of([event])
     if runs and not (turn.is_open or are_of(runs, [item.text for item in turn.output])):
         raise not_exported(f"the events {_of(turn)} do not have the texts of its items")
     return join(runs)
