@@ -123,7 +123,7 @@ def test_only_the_supervisor_names_concrete_stores_and_model_clients() -> None:
         return top in PROTOCOLS and bool(rest) and rest[0] not in PROTOCOLS[top]
 
     # The commands for a store's file, beside the service, may do so too.
-    commands = {"cli.store_commands", "cli.exported_events", "cli.store_copy"}
+    commands = {"cli.store_commands", "cli.store_copy"}
     others = [module for module in MODULES if module not in {"supervisor", *commands}]
     assert [
         (it, by) for by in others for it in service_imports(by) if is_concrete(it) and package(it) != package(by)

@@ -1,8 +1,6 @@
 """Exports and imports of sessions: their events are frames of the native API, and runs in a store."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
-from pathlib import Path
 
 import msgspec
 
@@ -13,14 +11,8 @@ from service.sessions.events.events import TurnDelta, TurnReasoning
 from service.storage.pieces import Run, are_of, count, join, last_seq, length_bytes, text_of
 from service.storage.records import EventsPage, SessionRecord, TurnRecord
 from service.storage.rules import events_at_once
-from service.storage.sqlite import maintenance
 
 Turns = Sequence[tuple[TurnRecord, Sequence[Run]]]
-
-
-def export_session(path: Path, session_id: str) -> bytes:
-    """A session of a file with its turns and events, as JSON. Raises as :func:`maintenance.export_session` does."""
-    return encoded(*maintenance.export_session(path, session_id))
 
 
 def encoded(session: SessionRecord, turns: Turns) -> bytes:
@@ -32,15 +24,6 @@ def encoded(session: SessionRecord, turns: Turns) -> bytes:
 def _without_output(turn: TurnRecord) -> TurnRecord:
     """The record of an open turn without what was kept of it: an import drops the turn."""
     return msgspec.structs.replace(turn, output=(), last_seq=0, usage=None) if turn.is_open else turn
-
-
-def import_session(path: Path, whole: ExportedSession, *, now: datetime) -> None:
-    """Add an exported session to a file, without open turns. Raises as :func:`maintenance.import_session` does.
-
-    Args:
-        whole: From :func:`~service.cli.session_export.read_exported`.
-    """
-    maintenance.import_session(path, *decoded(whole), now=now)
 
 
 def decoded(whole: ExportedSession) -> tuple[SessionRecord, Turns]:

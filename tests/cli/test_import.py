@@ -32,6 +32,7 @@ from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
 from service.supervisor import open_service
 from tests.storage.rows import a_session, said
+from tests.storage.sqlite import file_exports
 from tests.storage.test_store_suspended import a_lasting_turn, so_far
 
 Output = pytest.CaptureFixture[str]
@@ -179,7 +180,7 @@ async def have_two_attempts(store: Store, like: TurnRecord) -> None:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("filled") / "kept.db"
     trio.run(fill, path)
-    return {session: exported_events.export_session(path, session) for session in ("s", "f")}
+    return {session: file_exports.export_session(path, session) for session in ("s", "f")}
 
 
 def check(exported: bytes) -> ExportedSession:
@@ -391,10 +392,10 @@ def test_a_suspended_turn_is_not_in_an_import(tmp_path: Path, imported: Callable
             await store.suspend_turns([so_far(turn, "Hello")], now=now)
 
     trio.run(suspend)
-    whole = json.loads(exported_events.export_session(path, "s"))
+    whole = json.loads(file_exports.export_session(path, "s"))
     assert [(it["turn"]["state"], it["turn"]["output"], it["events"]) for it in whole["turns"]] == [("running", [], [])]
     assert imported(whole) == 0
-    assert json.loads(exported_events.export_session(tmp_path / "new.db", "s"))["turns"] == []
+    assert json.loads(file_exports.export_session(tmp_path / "new.db", "s"))["turns"] == []
 
 
 @pytest.fixture
@@ -531,7 +532,7 @@ def test_an_import_beside_a_service_whose_file_was_moved_makes_no_new_file(
             for file in tmp_path.iterdir():  # noqa: ASYNC240
                 file.unlink()
             with pytest.raises(StartupError, match="still serves the file that was there before"):
-                exported_events.import_session(path, check(exports["s"]), now=wall_clock())
+                file_exports.import_session(path, check(exports["s"]), now=wall_clock())
             assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
 
     with pytest.raises(StoreError, match="replaced while it was open"):

@@ -14,7 +14,6 @@ import msgspec
 import pytest
 import trio
 
-from service.cli import exported_events
 from service.cli.session_export import ExportedSession, read_exported
 from service.errors import SessionExistsError, SessionNotFoundError, StartupError
 from service.models.client import Usage
@@ -23,6 +22,7 @@ from service.storage.records import Item, LeftOut, SessionPatch, Siblings, TurnR
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, sessions, turns
 from service.storage.sqlite.reclaim import reclaim_some
 from tests.storage.rows import T0, Contents, a_session, a_turn, at, contents, ended, said
+from tests.storage.sqlite import file_exports
 
 T1, T2, T3, T4 = (f"turn_{n:032x}" for n in range(1, 5))
 
@@ -50,14 +50,14 @@ async def _fill(store: SqliteStore) -> None:
 
 
 def _import(path: Path, exported: bytes) -> None:
-    exported_events.import_session(path, read_exported(exported), now=T0)
+    file_exports.import_session(path, read_exported(exported), now=T0)
 
 
 async def test_an_exported_session_is_the_same_when_it_is_imported_elsewhere(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await contents(store, now=T0)
-        exported = await trio.to_thread.run_sync(exported_events.export_session, path, "s")
+        exported = await trio.to_thread.run_sync(file_exports.export_session, path, "s")
     there = path.with_name("there.db")
     async with open_sqlite_store(there) as store:
         await trio.to_thread.run_sync(_import, there, exported)
@@ -77,9 +77,9 @@ async def test_a_turn_after_an_open_turn_is_imported_without_the_open_one(path: 
         await store.begin_turn(_a_turn(T2, parent=T1), now=T0)
         await store.begin_turn(_a_turn(T3, parent=T2), now=T0)
         await store.end_turn(_ended(_a_turn(T3, parent=T2)), runs=(), now=T0)
-        exported = [exported_events.export_session(path, "s")]
+        exported = [file_exports.export_session(path, "s")]
         await store.begin_turn(_a_turn(T4, parent=T2), now=T0)
-        exported.append(exported_events.export_session(path, "s"))
+        exported.append(file_exports.export_session(path, "s"))
     for n, head in enumerate((T3, T1)):
         there = path.with_name(f"{n}.db")
         async with open_sqlite_store(there) as store:
@@ -95,8 +95,8 @@ async def test_a_turn_after_an_open_turn_is_imported_without_the_open_one(path: 
 async def test_an_expired_session_is_replaced_by_one_that_is_imported(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
-        exported = exported_events.export_session(path, "s")
-        exported_events.import_session(path, read_exported(exported), now=at(61))
+        exported = file_exports.export_session(path, "s")
+        file_exports.import_session(path, read_exported(exported), now=at(61))
         assert len((await contents(store, now=T0))["s"][1]) == 3
 
 
@@ -140,7 +140,7 @@ BROKEN: dict[str, Callable[[Any, Any], object]] = {
 async def test_a_session_that_no_store_can_have_is_refused_with_the_reason(path: Path, problem: str) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
-    whole = json.loads(exported_events.export_session(path, "s"))
+    whole = json.loads(file_exports.export_session(path, "s"))
     BROKEN[problem](whole["session"], whole["turns"])
     with pytest.raises(StartupError) as refused:
         read_exported(json.dumps(whole).encode())
@@ -162,7 +162,7 @@ async def test_an_imported_session_has_the_places_of_its_turns_and_a_check_finds
         await store.begin_turn(_a_turn(T4, parent=T2), now=T0)
         await store.end_turn(_ended(_a_turn(T4, parent=T2)), runs=(), now=T0)
     imported = path.with_name("imported.db")
-    exported_events.import_session(imported, read_exported(exported_events.export_session(path, "s")), now=T0)
+    file_exports.import_session(imported, read_exported(file_exports.export_session(path, "s")), now=T0)
     async with open_sqlite_store(imported) as store:
         assert (await store.find_places("s", [T2, T3, T4])).siblings == {
             T2: Siblings(),
@@ -210,11 +210,11 @@ async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: P
 
 async def test_a_missing_session_and_a_file_that_is_no_export_are_refused(path: Path) -> None:
     with pytest.raises(StartupError, match="not there"):
-        exported_events.export_session(path, "s")
+        file_exports.export_session(path, "s")
     async with open_sqlite_store(path):
         pass
     with pytest.raises(SessionNotFoundError):
-        exported_events.export_session(path, "s")
+        file_exports.export_session(path, "s")
     for exported in (b"", b"{}", b"[]", b'{"x": ' + b"[" * 100_000, b'"\xff"', b'{"session": {"id": "\\ud800"}}'):
         with pytest.raises(StartupError, match="not an exported session"):
             read_exported(exported)
@@ -363,7 +363,7 @@ async def test_an_import_that_ends_in_the_middle_leaves_nothing(
 ) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
-        exported = exported_events.export_session(path, "s")
+        exported = file_exports.export_session(path, "s")
         expired = await contents(store, now=T0)
     insert, steps = turns.insert_ended, 0
 
@@ -380,7 +380,7 @@ async def test_an_import_that_ends_in_the_middle_leaves_nothing(
         if not cleans_up:
             patched.setattr(sessions, "remove_deleted", lambda *_: False)
         with pytest.raises(Died):
-            exported_events.import_session(path, read_exported(exported), now=at(61))
+            file_exports.import_session(path, read_exported(exported), now=at(61))
     async with open_sqlite_store(path) as store:
         assert await contents(store, now=T0) == expired, "not even the session that expires is replaced"
         await store.recover(now=T0)
@@ -390,7 +390,7 @@ async def test_an_import_that_ends_in_the_middle_leaves_nothing(
         assert count == 3
         owners = await store._writing.call(lambda db: db.execute("SELECT count(*) FROM owners").get)
         assert owners == 1
-    exported_events.import_session(path, read_exported(exported), now=at(61))
+    file_exports.import_session(path, read_exported(exported), now=at(61))
     assert maintenance.check(path) == []
 
 
@@ -400,7 +400,7 @@ async def test_an_import_lets_others_write_between_its_steps_and_shows_nothing_b
     there = path.with_name("there.db")
     async with open_sqlite_store(path) as store, open_sqlite_store(there) as other:
         await _fill(store)
-        exported = exported_events.export_session(path, "s")
+        exported = file_exports.export_session(path, "s")
         pauses: list[Contents] = []
 
         def pause() -> None:
@@ -413,7 +413,7 @@ async def test_an_import_lets_others_write_between_its_steps_and_shows_nothing_b
 
         monkeypatch.setattr(maintenance, "_TURNS_AT_ONCE", 1)
         monkeypatch.setattr(maintenance, "_let_others_write", pause)
-        await trio.to_thread.run_sync(lambda: exported_events.import_session(there, read_exported(exported), now=T0))
+        await trio.to_thread.run_sync(lambda: file_exports.import_session(there, read_exported(exported), now=T0))
         assert len(pauses) == 3
         assert all("s" not in found for found in pauses)
         assert (await contents(other, now=T0))["s"] == (await contents(store, now=T0))["s"]

@@ -9,14 +9,13 @@ import pytest
 import trio
 
 from service.api.native.event_frames import decode_frame, encode_frame
-from service.cli import exported_events
 from service.cli.session_export import read_exported
 from service.sessions.commands import NewTurn
 from service.settings import Settings
 from service.storage.sqlite import maintenance, open_sqlite_store
 from service.supervisor import open_service
 from tests.sessions.puppet import frames_in
-from tests.storage.sqlite import old_files
+from tests.storage.sqlite import file_exports, old_files
 from tests.storage.sqlite.old_files import OldTurn
 
 CRASHED = b'id: 1073741824\ndata: {"type":"turn.interrupted","seq":1073741824,"reason":"crash","text_length":%d}\n\n'
@@ -75,16 +74,16 @@ async def test_an_old_session_is_exported_and_imported_elsewhere(path: Path) -> 
     turns = old_files.write(path)[: old_files.TURNS]
     async with open_service(a_settings(path)):
         pass
-    exported = exported_events.export_session(path, turns[0].session)
+    exported = file_exports.export_session(path, turns[0].session)
     events = [it.events for it in read_exported(exported).turns]
     for turn, told in zip(turns, events, strict=True):
         whole = replayed(turn)
         expected = whole[:-1] if turn.kind in ("crashed", old_files.RUNNING) else whole
         assert [frame.encode() for frame in told] == expected
     there = path.with_name("there.db")
-    exported_events.import_session(there, read_exported(exported), now=datetime.now(UTC))
+    file_exports.import_session(there, read_exported(exported), now=datetime.now(UTC))
     assert maintenance.check(there) == []
-    again = exported_events.export_session(there, turns[0].session)
+    again = file_exports.export_session(there, turns[0].session)
     assert read_exported(again).turns == tuple(it for it in read_exported(exported).turns if not it.turn.is_open)
     async with open_service(a_settings(there)) as service:
         for turn in turns:

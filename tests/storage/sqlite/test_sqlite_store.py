@@ -17,12 +17,12 @@ import apsw
 import pytest
 import trio
 
-from service.cli import exported_events
 from service.errors import StoreError
 from service.storage.sql_thread import Step
 from service.storage.sqlite import SqliteStore, database, maintenance, open_sqlite_store, reclaim, sessions, writer
 from service.store_capabilities import SQLITE
 from tests.storage.rows import T0, a_session, a_turn, all_sessions, at, ended, said
+from tests.storage.sqlite import file_exports
 from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
@@ -308,7 +308,7 @@ async def test_a_store_without_a_secret_gets_one_that_no_backup_has(path: Path, 
         copy = path.with_name("copy.db")
         maintenance.backup(path, copy)
         assert secret not in copy.read_bytes()  # noqa: ASYNC240
-        assert secret not in exported_events.export_session(path, "s")
+        assert secret not in file_exports.export_session(path, "s")
 
 
 class SharedFile:
