@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from service.steps import Steps, WorkTime, in_steps
+from service.steps import Steps, WorkTime, at_once, in_steps
 from service.storage import rules
 from service.storage.page_size import fitting
 from service.storage.records import Match, Page, SessionRecord, SessionStatus, TurnRecord
@@ -35,6 +35,11 @@ def searched_texts(turn: TurnRecord) -> Iterator[str]:
 async def terms_of(turn: TurnRecord) -> Collection[str]:
     """The terms of an ended turn, cut in steps: in the thread of a writer a long reply would hold up other writes."""
     return await in_steps(document_terms(searched_texts(turn)))
+
+
+def terms_at_once(turn: TurnRecord) -> Collection[str]:
+    """:func:`terms_of`, cut in the thread of the caller."""
+    return at_once(document_terms(searched_texts(turn)))
 
 
 class SearchQuery(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,6 @@ from datetime import datetime
 
 import msgspec
 
-from service.steps import at_once
 from service.storage import rules
 from service.storage.page_size import fitting
 from service.storage.postgres import owners, removals, segments, suspensions
@@ -20,8 +19,7 @@ from service.storage.postgres.segments import Grown
 from service.storage.postgres.suspensions import Suspension
 from service.storage.postgres.turn_rows import TURN_COLUMNS, turn_of
 from service.storage.records import TurnRecord
-from service.storage.search import searched_texts
-from service.storage.terms import document_terms
+from service.storage.search import terms_at_once
 
 _TURNS_MAX = 100
 """The most turns that one step ends."""
@@ -118,4 +116,4 @@ def _recover_some(
 
 
 def _end_of(turn: TurnRecord, grown: Grown) -> End:
-    return End(turn, grown.runs, () if turn.ephemeral else at_once(document_terms(searched_texts(turn))))
+    return End(turn, grown.runs, () if turn.ephemeral else terms_at_once(turn))

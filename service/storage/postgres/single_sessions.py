@@ -7,15 +7,13 @@ from datetime import datetime
 import psycopg
 
 from service.errors import RefusedError, SessionNotFoundError, StartupError
-from service.steps import at_once
 from service.storage.pieces import Run
 from service.storage.postgres import additions, documents, schema, sessions
 from service.storage.postgres.connections import Connection, Db
 from service.storage.postgres.turn_rows import parts
 from service.storage.postgres.whole_store import connected, places_of, turns_of
 from service.storage.records import SessionRecord, TurnRecord
-from service.storage.search import searched_texts
-from service.storage.terms import document_terms
+from service.storage.search import terms_at_once
 
 
 def export_session(
@@ -56,7 +54,7 @@ def import_session(
         RefusedError: Another session has a turn of this one.
     """
     records = [turn for turn, _ in ended]
-    terms = [at_once(document_terms(searched_texts(turn))) for turn in records]
+    terms = [terms_at_once(turn) for turn in records]
     with _opened(url, schema_name, makes=True) as (connection, db), connection.transaction():
         sessions.make_room(db, session.id, now)
         key = sessions.insert(db, session, turns=len(ended))

@@ -15,8 +15,6 @@ import apsw
 import msgspec
 
 from service.steps import at_once
-from service.storage.records import TurnRecord
-from service.storage.search import searched_texts
 from service.storage.terms import document_terms
 
 WAITING_MAX = 64
@@ -44,11 +42,6 @@ up to some 14 ms, as the beginning of a query for 16 terms does; a further block
 _SESSION = "\ue000"
 _OWNER = "\ue001"
 _BLOCK = "\ue002"
-
-
-def terms_of_turn(turn: TurnRecord) -> Collection[str]:
-    """The terms of a turn, cut in the thread of the caller."""
-    return at_once(document_terms(searched_texts(turn)))
 
 
 def within_a_step(terms: Iterable[Collection[str]]) -> Iterator[Collection[str] | None]:

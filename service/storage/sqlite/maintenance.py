@@ -17,6 +17,7 @@ import apsw
 from service.errors import SessionNotFoundError, StartupError
 from service.storage.pieces import Run
 from service.storage.records import SessionRecord, TurnRecord
+from service.storage.search import terms_at_once
 from service.storage.sqlite import database, documents, sessions, trees, turns
 from service.storage.sqlite.database import BackupProgress
 from service.storage.sqlite.faults import fault_of
@@ -230,7 +231,7 @@ def import_session(
         try:
             ordinal = 0
             for some in _imported_at_once(ended):
-                cut = documents.within_a_step([documents.terms_of_turn(turn) for turn, _ in some])
+                cut = documents.within_a_step([terms_at_once(turn) for turn, _ in some])
                 with database.transaction(db):
                     for (turn, runs), terms in zip(some, cut, strict=True):
                         trees.add_sibling(db, key, turn.parent, ordinal)

@@ -14,6 +14,7 @@ from service.errors import OwnedElsewhereError
 from service.storage import rules
 from service.storage.item_json import items_of
 from service.storage.records import Item
+from service.storage.search import terms_at_once
 from service.storage.sqlite import documents, event_pages, suspensions, tree_changes
 from service.storage.sqlite.ends import keep_end
 from service.storage.sqlite.ownership import Ownership, fences, owner_of
@@ -106,7 +107,7 @@ def _recover(db: apsw.Connection, key: int, now: datetime, *, searched_bytes_max
         return size, False
     has_frames = db.execute("SELECT 1 FROM events WHERE turn = ? LIMIT 1", (key,)).fetchone() is not None
     runs = None if has_frames else event_pages.runs_in_pages(db, key)
-    terms = documents.terms_of_turn(turn) if size <= searched_bytes_max else None
+    terms = terms_at_once(turn) if size <= searched_bytes_max else None
     keep_end(db, key, turn, now, runs=runs, session=session, idle_timeout_s=idle_timeout_s, terms=terms)
     return size, True
 

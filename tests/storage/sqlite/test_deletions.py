@@ -15,6 +15,7 @@ from service.errors import ItemNotFoundError, StoreError, TurnInProgressError, T
 from service.storage.pieces import STARTED, Run
 from service.storage.records import EventsPage, IdempotencyKey, Siblings, TurnRecord
 from service.storage.rules import revision_of
+from service.storage.search import terms_at_once
 from service.storage.sqlite import (
     SqliteStore,
     creations,
@@ -153,7 +154,7 @@ class Steps:
             step = partial(deletions.delete_turns, read=self._read, **more)
         else:
             added = added_turns()
-            terms = [documents.terms_of_turn(turn) for turn in added]
+            terms = [terms_at_once(turn) for turn in added]
             step = partial(turns.add_some, added=added, terms=terms, key=A_KEY, **more)
         self.progress = await self._store._writing.call(step)
 
