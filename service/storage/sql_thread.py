@@ -184,10 +184,10 @@ class SqlThread(Generic[D]):
                 self._batches.open()
             except Exception as error:  # noqa: BLE001  raised by open()
                 self._error = error
-                return
-            finally:
                 self._set_events(self._opened)
+                return
             try:
+                self._set_events(self._opened)
                 self._work_through_steps()
             finally:
                 self._batches.close()

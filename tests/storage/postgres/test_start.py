@@ -1,6 +1,7 @@
 """The start of a PostgreSQL store: the tables are made once, and what stands against it is said in words."""
 
 import sys
+import threading
 from functools import partial
 
 import psycopg
@@ -231,7 +232,9 @@ async def test_a_start_that_waits_can_be_cancelled(postgres: PostgresServer, mon
             nursery.start_soon(partial(_open_once, postgres.url, schema_name=name, close_timeout_s=0.1))
             await until_something_waits(postgres)
             nursery.cancel_scope.cancel()
+        (writer,) = (it for it in threading.enumerate() if it.name == "postgres writer")
         other.rollback()
+        await trio.to_thread.run_sync(writer.join)  # the thread goes on without the start, and closes its connection
 
 
 async def test_without_the_driver_the_service_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

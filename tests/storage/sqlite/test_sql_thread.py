@@ -1,4 +1,4 @@
-"""A thread's queue while the thread hangs: steps of callers that have left hold nothing, and the queue is bounded."""
+"""A thread that hangs: steps of callers that have left hold nothing, the queue is bounded, and a late open is closed."""
 
 import gc
 import threading
@@ -104,3 +104,37 @@ async def test_a_bounded_number_of_steps_waits(monkeypatch: pytest.MonkeyPatch) 
         finally:
             go_on()
     assert done == [0, 1]
+
+
+class OpensLate(Hanging):
+    """Batches whose connection is made only when ``goes_on`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[str] = []
+
+    def open(self) -> None:
+        self.hangs.set()
+        assert self.goes_on.wait(20)
+        self.opened.append("connection")
+
+    def close(self) -> None:
+        self.opened.remove("connection")
+
+
+def test_a_connection_that_is_made_when_the_event_loop_is_gone_is_closed() -> None:
+    batches = OpensLate()
+
+    async def leave_the_start() -> None:
+        thread = SqlThread("opens late", batches)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(thread.open)
+            await trio.to_thread.run_sync(batches.hangs.wait)
+            nursery.cancel_scope.cancel()
+
+    trio.run(leave_the_start)
+    (thread,) = (it for it in threading.enumerate() if it.name == "opens late")
+    batches.goes_on.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert batches.opened == []
