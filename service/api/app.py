@@ -41,7 +41,7 @@ from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
 from service.api.openai import chat_completions, conversations, models, responses
 from service.api.openai.errors import is_path_of_openai, openai_error_response
-from service.api.operator import health
+from service.api.operator import console, health
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.telemetry.log_context import log_context
@@ -52,6 +52,8 @@ __all__ = ["Application", "attach", "create_app", "detach"]
 
 _HISTORY_PATHS = ("/v1/responses", "/v1/chat/completions")
 """The ends of the paths of requests that may bring a whole conversation."""
+_WITHOUT_DATA = frozenset({page.blueprint.name, console.blueprint.name})
+"""The blueprints of pages. They hold no secret and need no key, because a browser sends none for a page."""
 
 
 class _NoCookies(SessionInterface):
@@ -155,7 +157,7 @@ def create_app() -> Application:
     app = Application("lastcall", static_folder=None)
     app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut an answer off after 60 s, also one that is being read
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
-    for module in (sessions, turns, chat, responses, conversations, chat_completions, models, health, page):
+    for module in (sessions, turns, chat, responses, conversations, chat_completions, models, health, page, console):
         app.register_blueprint(module.blueprint)
     app.register_error_handler(Exception, _answer_error)  # for web sockets
     return app
@@ -168,7 +170,7 @@ async def _admit(request: Request) -> TrioResponse | None:
     if preflight is not None:
         return preflight
     is_probe = request.blueprint == health.blueprint.name
-    needs_no_key = is_probe or request.blueprint == page.blueprint.name
+    needs_no_key = is_probe or request.blueprint in _WITHOUT_DATA
     access = current_access()
     if is_from_peer():
         if not needs_no_key:

@@ -90,7 +90,8 @@ def _stop(
 def _changed_at(config_file: Path) -> frozenset[tuple[Path, int]]:
     """Return each watched file with the time of its last change."""
     found = set()
-    for path in (*Path(service.__file__).parent.rglob("*.py"), config_file):
+    package = Path(service.__file__).parent
+    for path in (*package.rglob("*.py"), *(package / "console").iterdir(), config_file):
         try:
             found.add((path, path.stat().st_mtime_ns))
         except FileNotFoundError:

@@ -49,7 +49,6 @@ class Schemathesis:
             *("--max-examples", str(EXAMPLES), "--request-timeout", "15", *arguments),
             # Checks of ours replace the first two (see the hooks). The last does not expect an id to be used again.
             *("--exclude-checks", "positive_data_acceptance,negative_data_rejection,use_after_free"),
-            *("--exclude-operation-id", "root"),  # ``root`` is a redirect, and schemathesis follows redirects
             *(("--seed", "1") if IN_CI and "--seed" not in arguments else ()),
         ]
         env = os.environ | {

@@ -44,6 +44,7 @@ class Operation:
     ``errors`` leaves out the errors that every operation may answer (see :mod:`service.api.reference.openapi`).
     ``keyed`` says whether it reads the header ``Idempotency-Key``; ``resumes`` describes the effect of the header
     ``Last-Event-ID``, if the operation reads it; ``preconditions`` those of the headers that name ETags.
+    ``is_described`` is False for a file that is no call of the API: the OpenAPI document leaves it out.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Operation:
     resumes: str = ""
     preconditions: tuple[tuple[str, str], ...] = ()
     accepts_stream: bool = False
+    is_described: bool = True
 
 
 def operation(**fields: Any) -> Callable[[H], H]:

@@ -43,10 +43,9 @@ from service.errors import (
 from service.failure_codes import FAILURES
 
 _PROBE_TAG = "health"
-_STATIC_TAG = "docs"
 OPENAI_TAGS = frozenset({"responses", "conversations", "chat_completions", "models"})
 """The calls with these tags are those of OpenAI's API, with errors in its shape."""
-_OPEN_TAGS = (_PROBE_TAG, _STATIC_TAG)
+_OPEN_TAGS = (_PROBE_TAG, "docs", "console")
 """The calls with these tags need no API key."""
 _TAGS = {
     "sessions": "A session holds a conversation: a tree of turns, and a head.",
@@ -58,6 +57,7 @@ _TAGS = {
     "models": "OpenAI's API: the models that a request may name.",
     "health": "For probes of a balancer or an orchestrator.",
     "docs": "The OpenAPI document, and a page of it.",
+    "console": "A page to chat, and to look at the server.",
 }
 _BODY_ERRORS = (MalformedBodyError, BodyTimeoutError, InputTooLargeError, UnsupportedMediaTypeError)
 _KEYED = (
@@ -95,6 +95,8 @@ def build_document(app: Quart) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for rule in app.url_map.iter_rules():
         handler = app.view_functions[rule.endpoint]
+        if not operation_of(handler).is_described:
+            continue
         path = re.sub("<(?:[a-z]+:)?([^>]+)>", r"{\1}", rule.rule)
         tag = rule.endpoint.partition(".")[0]
         method = next(iter((rule.methods or set()) - {"HEAD", "OPTIONS"})).lower()
@@ -289,7 +291,7 @@ def _errors(operation: Operation, tag: str) -> Iterable[type[LastcallError]]:
     yield NotReadyError
     if tag != _PROBE_TAG:
         yield ProxiedRequestError
-        if tag != _STATIC_TAG:
+        if tag not in _OPEN_TAGS:
             yield UnauthorizedError
             yield NotPermittedError
             yield HeldBytesLimitError

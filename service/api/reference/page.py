@@ -41,13 +41,6 @@ async def openapi() -> TrioResponse:
     return TrioResponse(msgspec.json.encode(document), content_type="application/json")
 
 
-@blueprint.get("/")
-@operation(id="root", answers=(Answer(status=302, description="A redirect to the page.", located="The page."),))
-async def root() -> TrioResponse:
-    """Get a redirect to the page of this description."""
-    return TrioResponse(b"", 302, {"Location": located("/docs"), "Cache-Control": "no-store"}, content_type="text/html")
-
-
 @blueprint.get("/docs")
 @operation(id="docs", answers=(Answer(status=200, description="HTML.", media_type="text/html"),))
 async def docs() -> TrioResponse:
@@ -118,7 +111,8 @@ def render(document: dict[str, Any], *, url: str = _EXAMPLE_URL, keyed: bool = F
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{info["title"]}</title>',
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>',
         f"<h1>{info['title']} {info['version']}</h1><p>{_prose(info['summary'])} ",
-        'The same as a document of OpenAPI: <a href="openapi.json">openapi.json</a>.</p>',
+        'The same as a document of OpenAPI: <a href="openapi.json">openapi.json</a>. ',
+        'A page to try it all: <a href="./">the console</a>.</p>',
         f"<p>{_prose(_ABOUT_COMMANDS + (_ABOUT_KEYS if keyed else ''))}</p>",
     ]
     for tag in document["tags"]:

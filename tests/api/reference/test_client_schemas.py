@@ -24,6 +24,7 @@ from service.api.openai.items import ItemList
 from service.api.openai.models import ModelList
 from service.api.openai.response import Response
 from service.api.openai.responses import DeletedResponse
+from service.api.operator.console import Root
 from service.api.operator.health import Health
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
@@ -41,7 +42,7 @@ ANSWERS = {
     name: kind
     for of in (
         *(SessionList, MessageList, AddedMessages, TurnList, TurnTree),
-        *(Health, Problem, Event),
+        *(Health, Root, Problem, Event),
         *(Response, ItemList, DeletedResponse, ErrorBody, EndErrorBody),
         *(ChatCompletion, Conversation, ConversationDeleted, ModelList),
     )
