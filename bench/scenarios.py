@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench import capacity, end, expiry, first_token, herd, idle, relay, requests, shutdown, store
+from bench import capacity, end, expiry, first_token, herd, idle, relay, requests, shutdown, store, store_rows
 from bench.contenders import Contender, choose
 from bench.pairs import Pairing
 from bench.shutdown import CAP_S, Case, run_case, special, steady
@@ -252,7 +252,7 @@ TABLES = {
     "idle": idle.TABLE,
     "expiry": expiry.TABLE,
     "end": end.TABLE,
-    "store": store.TABLE,
+    "store": store_rows.TABLE,
 }
 PAIRINGS: dict[str, Pairing] = {
     "shutdown": shutdown.PAIRING,

@@ -173,6 +173,10 @@ class ServerProcess:
         """Return the processor time that all its live processes have used."""
         return sum(_cpu_seconds(pid) for pid in self.members())
 
+    def written_bytes(self) -> int:
+        """Return how many bytes all its live processes have written to files, pipes and sockets."""
+        return sum(_written_bytes(pid) for pid in self.members())
+
     def _signal(self, send: Callable[[int, int], None], number: int) -> float:
         now = time.monotonic()
         try:
@@ -318,6 +322,14 @@ def _cpu_seconds(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _written_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    return int(next(line for line in lines if line.startswith("wchar:")).split()[1])
 
 
 def _resident_bytes(pid: int) -> int:

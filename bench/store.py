@@ -1,9 +1,11 @@
-"""Measures the cost of a durable store: SQLite beside memory, on the same server, in turn.
+"""Measures the cost of a durable store: SQLite and PostgreSQL beside memory, on the same server, in turn.
 
 The model is the service's own script, so only the service and its store take part. ``turns``: many clients, each in its
 own session, start one turn after another and wait for its end. ``next turn`` and ``new session``: one client asks and
-reads the stream, many times. ``shutdown``: all turns are in the middle of a reply when SIGTERM comes. The time of one
-fsync in the same file system is measured too.
+reads the stream, many times. ``checkpoints``: turns run, and no client calls. ``shutdown``: all turns are in the middle
+of a reply when SIGTERM comes. Then several processes on one store (:mod:`bench.replicas`), and pages of many sessions
+(:mod:`bench.many_sessions`). The time of one fsync in the same file system is measured too, and PostgreSQL's folder is
+there.
 """
 
 import os
@@ -17,17 +19,19 @@ from pathlib import Path
 import msgspec
 import trio
 
+from bench import many_sessions, replicas
 from bench.contenders import Contender
+from bench.database import Database, binaries, new_database
 from bench.machine import busy_share
 from bench.plan import Calls, Request, Streams
 from bench.rows import spread
 from bench.shutdown import Case, run_case
 from bench.stage import Place, Stage, chat_streams, open_stage
-from bench.table import Table, number, triple
+from bench.store_rows import StoreRow, compared
 
 NewRow = Callable[..., "StoreRow"]
 
-STORES = ("memory", "sqlite")
+_PROBE = "scripted:?tokens=1000000&rate=20&first_token_s=0"
 _UNPACED = "scripted:?tokens=20&rate=0&first_token_s=0"
 _SLOW = "scripted:?tokens=1000000&rate=1&first_token_s=0"
 _NEXT = Request(path="/sessions/s$n/turns", body='{"input": "Well?"}')
@@ -47,85 +51,150 @@ class Extent:
     window_s: float
     asked: int
     interrupted: int
+    running: tuple[int, ...]  # the numbers of turns whose checkpoints are measured
+    running_s: float
+    replicas: tuple[tuple[str, bool], ...]  # the kinds of store, and whether processes reach each other by TLS
+    processes: int  # on one store
+    forwarded: int  # streams
+    keyed: int  # groups of equal calls
+    listed: int  # sessions of which pages are read
+    pages: int  # how often each page is read
 
 
-QUICK = Extent(sessions=50, warm_up_s=0.5, window_s=1, asked=50, interrupted=100)
-USUAL = Extent(sessions=50, warm_up_s=1, window_s=4, asked=200, interrupted=1000)
-
-
-class StoreRow(msgspec.Struct, kw_only=True):
-    """The measurement of one load on one store, or of the disk's own time."""
-
-    kind: str = "store"
-    what: str
-    store: str
-    repeat: int
-    n: int  # the number of turns, first tokens, interrupted turns or fsyncs
-    lost: int = 0  # clients and streams that met an error
-    took_ms: tuple[float, float, float] | None = None  # p50, p99, max: a turn, a first token, an fsync
-    per_s: float | None = None
-    cpu_share: float | None = None  # the server's use of one core
-    gone_ms: float | None = None  # from the signal to the end of all processes
-    phases_ms: dict[str, float] = {}  # from the shutdown report
-    kept: int | None = None  # interrupted turns whose partial reply is in the store
-    of_memory: float | None = None  # turns a second, divided by the memory row's of this repeat
-    added_ms: tuple[float, ...] = ()  # the difference to that row's p50 and p99, or to its ``gone_ms``
-    busy_before: float | None = None  # the share of the machine that other processes used
-
-    @property
-    def beside(self) -> str:
-        """The comparison with the memory row."""
-        if self.of_memory is not None:
-            return f"{self.of_memory:.2f}"
-        return " / ".join(f"{added:+.2f}" for added in self.added_ms) + " ms" if self.added_ms else "-"
-
-
-TABLE = Table(
-    "Store: SQLite beside memory",
-    f"took: a turn from the request to the answer, a first token, or an append of {_FSYNC_BYTES} bytes and its fsync "
-    "in the same file system; p50 / p99 / max. gone: from the signal until the whole process group is gone; "
-    "interrupting: the phase in it that stores the ends. beside memory: turns a second over those of the memory row "
-    "above; or what is added to its p50 and p99; or to its time to be gone. others: what they used of the machine just "
-    "before.",
-    (
-        ("what", lambda row: row.what),
-        ("store", lambda row: row.store),
-        ("n", lambda row: f"{row.n:,}"),
-        ("lost", lambda row: str(row.lost)),
-        ("turns/s", lambda row: number(row.per_s, 0)),
-        ("core", lambda row: "-" if row.cpu_share is None else f"{row.cpu_share:.0%}"),
-        ("took ms", lambda row: triple(row.took_ms, 2)),
-        ("gone ms", lambda row: number(row.gone_ms, 0)),
-        ("interrupting ms", lambda row: number(row.phases_ms.get("interrupting"), 0)),
-        ("beside memory", lambda row: row.beside),
-        ("others", lambda row: "-" if row.busy_before is None else f"{row.busy_before:.0%}"),
-    ),
+QUICK = Extent(
+    sessions=50,
+    warm_up_s=0.5,
+    window_s=1,
+    asked=20,
+    interrupted=100,
+    running=(20,),
+    running_s=1,
+    processes=2,
+    forwarded=2,
+    replicas=(("postgresql", True),),
+    keyed=3,
+    listed=2_000,
+    pages=5,
+)
+USUAL = Extent(
+    sessions=50,
+    warm_up_s=1,
+    window_s=4,
+    asked=200,
+    interrupted=1000,
+    running=(50, 500),
+    running_s=15,
+    processes=3,
+    forwarded=10,
+    replicas=(("memory", False), ("sqlite", False), ("postgresql", False), ("postgresql", True)),
+    keyed=50,
+    listed=1_000_000,
+    pages=100,
 )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of store. ``database`` is the server of PostgreSQL, or of no other kind."""
+
+    name: str
+    database: Database | None = None
+
+    def new_env(self, folder: Path) -> dict[str, str]:
+        """The settings of a store that is not there yet."""
+        fresh = os.urandom(4).hex()
+        if self.database is not None:
+            return {"LASTCALL_STORE_URL": self.database.url, "LASTCALL_STORE_SCHEMA": f"bench_{fresh}"}
+        return {"LASTCALL_STORE_URL": "memory:" if self.name == "memory" else f"sqlite:{folder / fresh}.db"}
+
+
 async def measure(contender: Contender, place: Place, extent: Extent, *, repeat: int) -> AsyncGenerator[StoreRow, None]:
-    """Run each measurement once, in the order memory, SQLite, memory, SQLite."""
+    """Run each measurement once, in the order memory, SQLite, PostgreSQL; the last one if there is a server's program.
+
+    What no repeat changes (several processes, and pages) is measured in the first one.
+    """
     took_ms = await trio.to_thread.run_sync(_time_fsyncs, place.folder)
     yield StoreRow(what="fsync", store="-", repeat=repeat, n=len(took_ms), took_ms=spread(took_ms))
-    answered = [await _measure_answers(contender, kind, place, extent, repeat) for kind in STORES]
-    for memory, sqlite in zip(*answered, strict=True):
-        yield memory
-        yield _compared(sqlite, memory)
-    memory, sqlite = [await _measure_shutdown(contender, kind, place, extent, repeat) for kind in STORES]
-    yield memory
-    yield _compared(sqlite, memory)
+    kinds = await _find_kinds()
+    try:
+        for measured in (_measure_answers, _measure_shutdown):
+            by_kind = [await measured(contender, kind, place, extent, repeat) for kind in kinds]
+            for memory, *kept in zip(*by_kind, strict=True):
+                yield memory
+                for row in kept:
+                    yield compared(row, memory)
+        for kind in kinds[1:]:
+            for row in await _measure_checkpoints(contender, kind, place, extent, repeat):
+                yield row
+        if repeat > 0:
+            return
+        for row in await _measure_replicas(contender, kinds, place, extent):
+            yield row
+        pages = [
+            await many_sessions.measure(
+                kind.name, extent.listed, place.folder, kind.database, times=extent.pages, repeat=repeat
+            )
+            for kind in kinds
+        ]
+        for memory, *kept in zip(*pages, strict=True):
+            yield memory
+            for row in kept:
+                yield compared(row, memory)
+    finally:
+        for kind in kinds:
+            if kind.database is not None:
+                kind.database.remove()
+
+
+async def _find_kinds() -> list[Kind]:
+    """The kinds of store of this machine. A server of PostgreSQL runs, with its data on the disk of the others."""
+    kinds = [Kind("memory"), Kind("sqlite")]
+    programs = binaries()
+    if programs is None:
+        return kinds
+    database = new_database(programs, within=None)
+    try:
+        await trio.to_thread.run_sync(database.make)
+        # The defaults of PostgreSQL, but for its memory, and for checkpoints within the measurement.
+        await database.start(
+            fsync="on", full_page_writes="on", shared_buffers="1GB", max_wal_size="8GB", checkpoint_timeout="1h"
+        )
+    except BaseException:
+        database.remove()
+        raise
+    return [*kinds, Kind("postgresql", database)]
+
+
+async def _measure_replicas(contender: Contender, kinds: list[Kind], place: Place, extent: Extent) -> list[StoreRow]:
+    measured = [
+        await replicas.measure(
+            contender,
+            place,
+            kind.new_env(place.folder),
+            kind=kind.name,
+            tls=tls,
+            count=1 if name == "memory" else extent.processes,
+            keyed=extent.keyed,
+            streams=extent.forwarded,
+            window_s=extent.running_s,
+        )
+        for name, tls in extent.replicas
+        for kind in kinds
+        if kind.name == name and (not tls or replicas.makes_namespaces())
+    ]
+    return [row for rows in measured for row in rows]
 
 
 async def _measure_answers(
-    contender: Contender, kind: str, place: Place, extent: Extent, repeat: int
+    contender: Contender, kind: Kind, place: Place, extent: Extent, repeat: int
 ) -> list[StoreRow]:
     """Measure first tokens on a server with little load, then as many turns as the server can do."""
     create = Calls(name="create", count=extent.sessions, requests=(Request(path="/sessions", body='{"id": "s$n"}'),))
     times = _ASKED_FIRST + extent.asked
     following = Streams(name="next turn", count=1, stream=_NEXT_STREAMED, repeat=times, ready_at="end")
     opening = chat_streams("new session", 1, "Well?", repeat=times, ready_at="end")
-    new_row = partial(StoreRow, store=kind, repeat=repeat, busy_before=await busy_share())
-    async with open_stage(_keeping(contender, kind, _UNPACED), place) as stage:
+    new_row = partial(StoreRow, store=kind.name, repeat=repeat, busy_before=await busy_share())
+    async with open_stage(_keeping(contender, kind, place, _UNPACED), place) as stage:
         async with stage.open_load(create):
             pass
         return [
@@ -166,22 +235,70 @@ async def _measure_turns(stage: Stage, extent: Extent, new_row: NewRow) -> Store
     )
 
 
-async def _measure_shutdown(contender: Contender, kind: str, place: Place, extent: Extent, repeat: int) -> StoreRow:
+async def _measure_shutdown(
+    contender: Contender, kind: Kind, place: Place, extent: Extent, repeat: int
+) -> list[StoreRow]:
     count = extent.interrupted
     case = Case(f"interrupted-{count}", f"{count} turns", count, message="Well?")
-    row = await run_case(_keeping(contender, kind, _SLOW), case, place, repeat=repeat)
+    row = await run_case(_keeping(contender, kind, place, _SLOW), case, place, repeat=repeat)
     interrupted = row.terminals.get("interrupted", 0)
-    return StoreRow(
-        what="shutdown",
-        store=kind,
-        repeat=repeat,
-        n=interrupted,
-        lost=count - interrupted,
-        gone_ms=None if row.gone_s is None else row.gone_s * 1000,
-        phases_ms=row.phases_ms,
-        kept=row.replies_kept,
-        busy_before=row.busy_before,
-    )
+    return [
+        StoreRow(
+            what="shutdown",
+            store=kind.name,
+            repeat=repeat,
+            n=interrupted,
+            lost=count - interrupted,
+            gone_ms=None if row.gone_s is None else row.gone_s * 1000,
+            phases_ms=row.phases_ms,
+            kept=row.replies_kept,
+            busy_before=row.busy_before,
+        )
+    ]
+
+
+async def _measure_checkpoints(
+    contender: Contender, kind: Kind, place: Place, extent: Extent, repeat: int
+) -> list[StoreRow]:
+    """Measure what running turns cost the store while no client calls: one row for each number of turns."""
+    rows = []
+    for running in extent.running:
+        requests = (
+            Request(path="/sessions", body='{"id": "r$n"}'),
+            Request(path="/sessions/r$n/turns", body='{"input": "Well?", "background": true}'),
+        )
+        busy = await busy_share()
+        async with open_stage(_keeping(contender, kind, place, _PROBE), place) as stage:
+            async with stage.open_load(Calls(name="start", count=running, requests=requests)) as load:
+                lost = sum(bool(call.note) for call in (await load.stop()).calls)
+            await trio.sleep(2)  # the checkpoints have their pace, and the cost of the starts is behind
+            before, used_s, since = _written(kind, stage), stage.server.cpu_seconds(), time.monotonic()
+            await trio.sleep(extent.running_s)
+            after, took_s = _written(kind, stage), time.monotonic() - since
+            used_s = stage.server.cpu_seconds() - used_s
+        rows.append(
+            StoreRow(
+                what=f"checkpoints, {running} turns",
+                store=kind.name,
+                repeat=repeat,
+                n=running - lost,
+                lost=lost,
+                cpu_share=used_s / took_s,
+                commits_per_s=(after[0] - before[0]) / took_s if kind.database is not None else None,
+                log_bytes=(after[1] - before[1]) / took_s / max(running - lost, 1),
+                busy_before=busy,
+            )
+        )
+    return rows
+
+
+def _written(kind: Kind, stage: Stage) -> tuple[int, int]:
+    """The number of writing transactions so far, which only PostgreSQL tells, and the bytes that were written."""
+    if kind.database is None:
+        return 0, stage.server.written_bytes()
+    query = "SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint, pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
+    [(transactions, written)] = kind.database.run(query)
+    return int(transactions), int(written)
 
 
 def _time_fsyncs(folder: Path) -> list[float]:
@@ -196,19 +313,18 @@ def _time_fsyncs(folder: Path) -> list[float]:
     return took
 
 
-def _keeping(contender: Contender, kind: str, model_url: str) -> Contender:
-    """The contender on one of the stores, with a script for a model."""
+def _keeping(contender: Contender, kind: Kind, place: Place, model_url: str) -> Contender:
+    """The contender on a new store of this kind, with a script for a model."""
     scripted = replace(contender, env={**contender.env, "LASTCALL_MODEL_URL": model_url}, relays=False)
-    if kind == "sqlite":
-        return scripted
-    return replace(scripted, env={**scripted.env, "LASTCALL_STORE_URL": "memory:"}, count_replies=None)
+    if kind.name == "sqlite":
+        return scripted  # with a file that the stage names
+    env = kind.new_env(place.folder)
+    counts = None if kind.database is None else partial(_count_replies, kind.database, env["LASTCALL_STORE_SCHEMA"])
+    return replace(scripted, env={**scripted.env, **env}, count_replies=counts)
 
 
-def _compared(sqlite: StoreRow, memory: StoreRow) -> StoreRow:
-    if sqlite.per_s is not None and memory.per_s:
-        sqlite.of_memory = sqlite.per_s / memory.per_s
-    elif sqlite.gone_ms is not None and memory.gone_ms is not None:
-        sqlite.added_ms = (sqlite.gone_ms - memory.gone_ms,)
-    elif sqlite.took_ms is not None and memory.took_ms is not None:
-        sqlite.added_ms = tuple(ours - theirs for ours, theirs in zip(sqlite.took_ms, memory.took_ms, strict=True))[:2]
-    return sqlite
+async def _count_replies(database: Database, schema: str, _: Path) -> int:
+    """The turns of a schema that have ended with a part of a reply."""
+    query = f"SELECT count(*) FROM {schema}.turns WHERE owner IS NULL AND length(output) > 2"
+    [(count,)] = await trio.to_thread.run_sync(database.run, query)
+    return int(count)

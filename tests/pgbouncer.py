@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.unprivileged import user_without_rights
+from bench.unprivileged import user_without_rights
 
 START_S = 30
 POOL_SIZE = 20

@@ -21,23 +21,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from bench.database import MEMORY_DISK, START_S, binaries
+from bench.unprivileged import user_without_rights
 from tests import pgbouncer
 from tests.pgbouncer import Pooler
-from tests.unprivileged import user_without_rights
 
 if TYPE_CHECKING:
     import psycopg
 
 NAME = "postgres"
 POOLER = "postgres_pooler"
-START_S = 60
-"""Bound on the start of a server, on a loaded machine."""
 PASSWORD = "open-sesame"
 """Of the user ``guarded``, whom the server asks for it."""
 
 _USES_MAX = 50
 """So often a schema is emptied and used again. What was deleted stays in its indexes until it is vacuumed."""
-MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _SETTINGS = {
     "listen_addresses": "",
     "max_connections": "400",
@@ -160,13 +158,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--postgres-pooler", action="store_true", help="stores reach the server through pgbouncer")
 
 
-def binaries() -> Path | None:
-    """The directory of a server's programs; None if there is none on this machine."""
-    found = [Path(shutil.which("initdb") or "/never").resolve().parent]
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version, reverse=True)
-    return next((it for it in found if all((it / name).exists() for name in ("initdb", "postgres"))), None)
-
-
 def needed_binaries() -> Path:
     """As :func:`binaries`, for a test that needs them: without them it is skipped, and in CI it fails."""
     programs = binaries()
@@ -180,13 +171,6 @@ def _miss(words: str) -> NoReturn:
     if "CI" in os.environ:
         pytest.fail(words, pytrace=False)
     pytest.skip(words)
-
-
-def _version(directory: Path) -> float:
-    try:
-        return float(directory.parent.name)
-    except ValueError:
-        return 0
 
 
 def start_server(programs: Path) -> PostgresServer:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.contenders import CONTENDERS, choose
+from bench.database import binaries
 from bench.rows import read_rows
 from bench.server_process import ROOT
 
@@ -74,12 +75,22 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
         }
     if scenario == "store":
         assert [row["lost"] for row in rows] == [0] * len(rows)
-        assert all(row["took_ms"] or row["gone_ms"] for row in rows)
-        compared = [row for row in rows if row["store"] == "sqlite"]
-        assert all(row["of_memory"] or row["added_ms"] for row in compared)
-        (stop,) = [row for row in compared if row["what"] == "shutdown"]
-        assert (stop["n"], stop["kept"]) == (2, 2)
-        assert stop["phases_ms"]["interrupting"] > 0
+        kinds = ("memory", "sqlite", "postgresql") if binaries() is not None else ("memory", "sqlite")
+        by_kind = {kind: {row["what"]: row for row in rows if row["store"] == kind} for kind in kinds}
+        for kind in kinds[1:]:
+            missing = by_kind["memory"].keys() - by_kind[kind].keys()
+            assert not missing
+            assert all(
+                by_kind[kind][what]["of_memory"] or by_kind[kind][what]["added_ms"] for what in by_kind["memory"]
+            )
+            stop = by_kind[kind]["shutdown"]
+            assert (stop["n"], stop["kept"]) == (2, 2)
+            assert stop["phases_ms"]["interrupting"] > 0
+            checkpoints = by_kind[kind]["checkpoints, 20 turns"]
+            assert checkpoints["log_bytes"] > 0
+            assert (checkpoints["commits_per_s"] is None) == (kind == "sqlite")
+        if "postgresql" in kinds:
+            assert sum("keyed" in what or "forwarded" in what for what in by_kind["postgresql"]) == 2
     assert (tmp_path / f"{scenario}.md").read_text().count("\n|") == len(rows) + 2
 
 

@@ -16,15 +16,14 @@ from random import Random, SystemRandom
 
 import trio
 
+from bench.database import Database, binaries, open_database
 from tests.cluster.checker import Broken, Stored, StoredTurn, check
 from tests.cluster.clients import Client, Load
 from tests.cluster.cluster import Cluster, open_cluster
-from tests.cluster.database import Database, open_database
 from tests.cluster.faults import Faults
 from tests.cluster.history import AnyFact, Fault, History, Paused, Refused, Saw, Told
 from tests.cluster.stored import open_turns, read_store
 from tests.cluster.upstream import reply_of
-from tests.postgres_server import binaries
 
 CLIENTS = 24
 LEASE_S = 6

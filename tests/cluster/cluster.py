@@ -4,7 +4,6 @@ import re
 import secrets
 import signal
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ from typing import Literal
 import msgspec
 import trio
 
+from bench.database import Database
+from bench.replicas import apart, makes_namespaces
 from bench.server_process import Launch, ServerFailedError, ServerProcess, open_server, python_command
 from tests.cluster.calls import call
 from tests.cluster.certificates import peer_files
 from tests.cluster.checker import forbidden_lines
-from tests.cluster.database import Database
 from tests.cluster.history import Asked, Exited, History, Logged
 from tests.cluster.network import Link, open_link
 
@@ -74,21 +74,10 @@ async def _open_links(database: Database) -> AsyncIterator[Links]:
         yield Links(door, to_database, from_peers, peer_bind)
 
 
-def makes_namespaces() -> bool:
-    """Whether this user may make namespaces of users. In one each, replicas count as on different machines."""
-    try:
-        return subprocess.run(["unshare", *_OF_USERS, "true"], check=False, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-_OF_USERS = ("--user", "--map-root-user")
-
-
 def command() -> list[str]:
     """The command of a replica: with TLS between replicas, where that can be."""
     serve = python_command("-m", "service", "serve")
-    return ["unshare", *_OF_USERS, *serve] if makes_namespaces() else serve
+    return apart(serve) if makes_namespaces() else serve
 
 
 class Replica:

@@ -19,15 +19,14 @@ from random import Random, SystemRandom
 
 import trio
 
+from bench.database import binaries, open_database
 from tests.cluster.calls import NoAnswerError, call
 from tests.cluster.chaos import LEASE_S, Run, have_database, spread, summary
 from tests.cluster.clients import AUTH, Client, Load, View
 from tests.cluster.cluster import Cluster, Door, open_cluster
-from tests.cluster.database import open_database
 from tests.cluster.faults import DATABASE, Faults
 from tests.cluster.front import open_front
 from tests.cluster.history import Fault, History, Lost, Saw
-from tests.postgres_server import binaries
 
 STREAMS = 100
 TOLD_S = LEASE_S + 2

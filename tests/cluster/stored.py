@@ -6,11 +6,11 @@ from typing import Any
 import msgspec
 import trio
 
+from bench.database import Database
 from tests.cluster.calls import call, open_call
 from tests.cluster.checker import Stored, StoredSession, StoredTurn
 from tests.cluster.clients import AUTH
 from tests.cluster.cluster import Door
-from tests.cluster.database import Database
 from tests.cluster.history import Event
 
 READERS = 8

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from bench.database import open_database
+from bench.replicas import makes_namespaces
 from tests.cluster.chaos import MODES, Run, have_database, summary
 from tests.cluster.clients import Client, Load, View
-from tests.cluster.cluster import Cluster, makes_namespaces, open_cluster
-from tests.cluster.database import open_database
+from tests.cluster.cluster import Cluster, open_cluster
 from tests.cluster.faults import DATABASE, Faults
 from tests.cluster.history import Fault, History
 from tests.postgres_server import needed_binaries

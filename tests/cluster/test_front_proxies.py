@@ -10,10 +10,10 @@ import msgspec
 import pytest
 import trio
 
+from bench.database import open_database
 from tests.cluster.calls import Answer, call, open_call
 from tests.cluster.chaos import have_database
 from tests.cluster.cluster import KEY, Door, open_cluster
-from tests.cluster.database import open_database
 from tests.cluster.deployed_front import PROXIES, needed_program, open_front
 from tests.cluster.history import History
 from tests.postgres_server import needed_binaries

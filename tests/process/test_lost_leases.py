@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import trio
 
+from bench.database import open_database
 from bench.server_process import ServerProcess, python_command
-from tests.cluster.database import open_database
 from tests.postgres_server import PostgresServer, needed_binaries
 from tests.process.clients import Stream, all_begun, new_session, start, wait_until
 from tests.process.lastcall import CAP_S, SERVE, open_lastcall, wait_gone

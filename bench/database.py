@@ -1,4 +1,4 @@
-"""A PostgreSQL server of its own, that a test may stop, kill, freeze, replicate and replace.
+"""A PostgreSQL server of its own, that a bench or a test may stop, kill, freeze, replicate and replace.
 
 The server of ``tests/postgres_server.py`` is shared by many tests and keeps nothing through a stop. This one commits
 synchronously, because it is checked that what was acknowledged is there after a stop in mid-work.
@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tests.postgres_server import MEMORY_DISK, START_S
-from tests.unprivileged import user_without_rights
+from bench.unprivileged import user_without_rights
 
 if TYPE_CHECKING:
     import psycopg
 
+START_S = 60
+"""Bound on the start of a server, on a loaded machine."""
+MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _SETTINGS = {
     "listen_addresses": "",
     "max_connections": "200",
@@ -82,7 +84,7 @@ class Database:
                 await trio.sleep(0.05)
 
     def _takes_connections(self) -> bool:
-        import psycopg
+        import psycopg  # noqa: PLC0415  an extra of the service: a bench without a database needs none
 
         assert self._process is not None
         assert self._process.poll() is None, (self.folder / "log").read_text()[-3000:]
@@ -116,7 +118,7 @@ class Database:
         self.run(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'", "SELECT pg_reload_conf()")
 
     def connect(self) -> "psycopg.Connection[Any]":
-        import psycopg
+        import psycopg  # noqa: PLC0415  as above
 
         return psycopg.connect(self.url, autocommit=True, connect_timeout=5)
 
@@ -156,13 +158,35 @@ class Database:
                 pass  # a backend that has ended meanwhile
 
 
+def binaries() -> Path | None:
+    """The directory of a server's programs; None if there is none on this machine."""
+    found = [Path(shutil.which("initdb") or "/never").resolve().parent]
+    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version, reverse=True)
+    return next((it for it in found if all((it / name).exists() for name in ("initdb", "postgres"))), None)
+
+
+def _version(directory: Path) -> float:
+    try:
+        return float(directory.parent.name)
+    except ValueError:
+        return 0
+
+
+def new_database(programs: Path, *, within: str | Path | None = MEMORY_DISK) -> Database:
+    """A new folder for a server, which is not made yet. The caller removes it.
+
+    Args:
+        within: Where the folder is made. A server that refuses to run as root needs to reach it as another user.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=within))
+    folder.chmod(0o711)  # a replica in a user namespace of its own uses the socket
+    return Database(programs, folder, user_without_rights(folder))
+
+
 @contextmanager
 def open_database(programs: Path) -> Iterator[Database]:
-    """A folder for a server, which is not made yet; removed with the server afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="lastcall-pg-", dir=MEMORY_DISK))
-    folder.chmod(0o711)  # a replica in a user namespace of its own uses the socket
-    user = user_without_rights(folder)
-    database = Database(programs, folder, user)
+    """A folder in memory for a server, which is not made yet; removed with the server afterwards."""
+    database = new_database(programs)
     try:
         yield database
     finally:
