@@ -32,6 +32,7 @@ from service.hosting.hypercorn.worker import Worker, find_worker
 from service.hosting.listeners.bind import given_sockets
 from service.hosting.listeners.closing import DeferredTermination, ListenerShutdown
 from service.hosting.listeners.listeners import ACCEPTED_MAX, SHARED_ACCEPTED_MAX, Listeners
+from service.hosting.listeners.peer_port import PeerDoor
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
@@ -138,7 +139,8 @@ class Hosting(Host):
             given_sockets(worker.config),
             accepted_max=SHARED_ACCEPTED_MAX if worker.config.workers > 1 else ACCEPTED_MAX,
         )
-        self._listener_shutdown = ListenerShutdown(worker, self._listeners)
+        self._peer_door = PeerDoor()
+        self._listener_shutdown = ListenerShutdown(worker, self._listeners, self._peer_door)
         app.extensions[SUCCESSORS] = lambda: worker.master.successors if worker.master is not None else ()
         self._peer_address: str | None = None
         self._opened = False
@@ -191,7 +193,11 @@ class Hosting(Host):
             nursery.start_soon(self._cancel_unopened, opening)
             async with (
                 open_peer_listener(
-                    self._worker, self._connections, serving=self._listeners.open, settings=self._settings
+                    self._worker,
+                    self._connections,
+                    serving=self._listeners.open,
+                    settings=self._settings,
+                    door=self._peer_door,
                 ) as peers,
                 open_service(
                     self._settings,

@@ -42,7 +42,7 @@ from service.errors import PeerUntrustedError, StartupError
 from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.http1_connection import Stream
 from service.hosting.hypercorn.worker import Worker
-from service.hosting.listeners.peer_port import BACKLOG, open_peer_port
+from service.hosting.listeners.peer_port import BACKLOG, PeerDoor, open_peer_port
 from service.sessions.upkeep.run_every import run_every
 from service.settings import Settings, split_host_port
 from service.watched_files import LOOK_INTERVAL_S
@@ -81,9 +81,12 @@ def check_sharing(settings: Settings, *, workers: int) -> None:
 
 @asynccontextmanager
 async def open_peer_listener(
-    worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings
+    worker: Worker, connections: Connections, *, serving: trio.Event, settings: Settings, door: PeerDoor
 ) -> AsyncIterator["PeerListener | None"]:
     """Listen until the context is left. Yields None, without a listener, if the store belongs to this process alone.
+
+    Args:
+        door: Says when this worker takes connections of other replicas.
 
     Raises:
         StartupError: The port for other replicas is taken, or their certificates cannot be used.
@@ -112,6 +115,7 @@ async def open_peer_listener(
                 connections,
                 certificates=certificates,
                 serving=serving,
+                door=door,
                 nursery=nursery,
             )
             nursery.cancel_scope.cancel()
@@ -171,6 +175,7 @@ class PeerListener:
         *,
         certificates: PeerCertificates | None,
         serving: trio.Event,
+        door: PeerDoor,
         nursery: trio.Nursery,
     ) -> None:
         self.address = str(address)
@@ -180,6 +185,7 @@ class PeerListener:
         self._worker = worker
         self._connections = connections
         self._serving = serving
+        self._door = door
         self._nursery = nursery
         self._far: set[TlsStream] = set()
         self._refused, self._told_at = 0, -math.inf
@@ -203,7 +209,8 @@ class PeerListener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._accept, doors.local, self._open_local)
             if doors.tcp is not None and doors.handed is not None and certificates is not None:
-                nursery.start_soon(self._accept, doors.tcp, partial(self._open_far, certificates=certificates))
+                open_far = partial(self._open_far, certificates=certificates)
+                nursery.start_soon(self._door.run, partial(self._accept, doors.tcp, open_far))
                 nursery.start_soon(self._accept, doors.handed, partial(self._open_handed, certificates=certificates))
                 nursery.start_soon(self._watch_far)
                 nursery.start_soon(partial(run_every, LOOK_INTERVAL_S, certificates.look, name="certificate loop"))
@@ -229,7 +236,7 @@ class PeerListener:
             with opening:
                 opened = await open_stream(accepted)
         except (PeerUntrustedError, trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-            self._note_refused(error)
+            self._note_refused(error, is_local=open_stream == self._open_local)
         finally:
             if opened is None or opened.stream.socket is not accepted:
                 accepted.close()
@@ -353,15 +360,21 @@ class PeerListener:
                     self._far.discard(stream)
                     stream.cut()
 
-    def _note_refused(self, error: Exception) -> None:
+    def _note_refused(self, error: Exception, *, is_local: bool) -> None:
         """Say in the log, once in a while, that connections were not accepted."""
+        if is_local:  # only processes of this machine reach that door
+            logger.debug("a connection of another process of this machine was not accepted", reason=_reason_of(error))
+            return
         self._refused += 1
         now = trio.current_time()
         if now < self._told_at + REFUSALS_INTERVAL_S:
             return
-        reason = error.reason if isinstance(error, PeerUntrustedError) else "the client has gone"
-        logger.warning("connections to peer_bind were not accepted", count=self._refused, reason=reason)
+        logger.warning("connections to peer_bind were not accepted", count=self._refused, reason=_reason_of(error))
         self._refused, self._told_at = 0, now
+
+
+def _reason_of(refused: Exception) -> str:
+    return refused.reason if isinstance(refused, PeerUntrustedError) else "the client has gone"
 
 
 class Openings:

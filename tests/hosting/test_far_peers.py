@@ -28,6 +28,7 @@ from service.cluster.peer_transport import PeerStream, PeerTransport
 from service.hosting import peer_listener
 from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.worker import Worker
+from service.hosting.listeners.peer_port import PeerDoor
 from service.hosting.peer_listener import PeerListener, open_peer_listener
 from service.settings import Settings
 from service.stop_state import StopState
@@ -42,8 +43,11 @@ ACCEPTED = b"HTTP/1.1 103 \r\nlocation: /sessions/s/turns/t\r\n\r\nHTTP/1.1 200 
 class Scene:
     """A listener, and a replica that connects to it."""
 
-    def __init__(self, listener: PeerListener, certificates: PeerCertificates, hypercorn: trio.Nursery) -> None:
+    def __init__(
+        self, listener: PeerListener, certificates: PeerCertificates, hypercorn: trio.Nursery, door: PeerDoor
+    ) -> None:
         self.listener = listener
+        self.door = door
         self.hypercorn = hypercorn
         address = PeerAddress.parse(listener.address)
         self.port = address.port
@@ -77,6 +81,7 @@ async def open_scene(folder: Path) -> AsyncIterator[Scene]:
     )
     serving = trio.Event()
     serving.set()
+    door = PeerDoor()
     scenes: list[Scene] = []
 
     async def app(scope: Any, receive: Any, send: Any, *_: object) -> None:
@@ -93,13 +98,49 @@ async def open_scene(folder: Path) -> AsyncIterator[Scene]:
         async with trio.open_nursery() as nursery:
             fake = SimpleNamespace(config=Config(), context=WorkerContext(None), app=app, server_nursery=nursery)
             async with open_peer_listener(
-                cast("Worker", fake), Connections(StopState()), serving=serving, settings=settings
+                cast("Worker", fake), Connections(StopState()), serving=serving, settings=settings, door=door
             ) as listener:
                 assert listener is not None
                 listener.take_peers(SECRET, fence=FENCE)
-                scenes.append(Scene(listener, peer_certificates(folder / "replica"), nursery))
+                scenes.append(Scene(listener, peer_certificates(folder / "replica"), nursery, door))
                 yield scenes[0]
             nursery.cancel_scope.cancel()
+
+
+async def test_a_listener_that_leaves_its_port_to_others_takes_connections_when_they_are_wanted_again(
+    tmp_path: Path,
+) -> None:
+    async with open_scene(tmp_path) as scene:
+        scene.door.accept(False)
+        scene.door.accept(False)
+        await trio.testing.wait_all_tasks_blocked()
+        answers: list[bytes] = []
+
+        async def ask() -> None:
+            async with await scene.connect() as stream:
+                answers.append(await scene.ask(stream))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            async with await trio.open_tcp_stream("127.0.0.1", scene.port):  # the kernel has taken the one before
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert not answers
+            scene.door.accept(True)
+        assert answers[0].startswith(ACCEPTED)
+
+
+async def test_what_a_stranger_does_at_the_door_for_this_machine_is_not_told_of_peer_bind(tmp_path: Path) -> None:
+    async with open_scene(tmp_path) as scene:
+        with capture_logs() as logs:
+            unix = PeerAddress.parse(scene.listener.address).unix_name
+            async with await trio.open_unix_socket(socket_name(unix)) as stranger:
+                await stranger.send_all(b"x")
+                await stranger.send_eof()
+                with suppress(trio.BrokenResourceError):
+                    while await stranger.receive_some():
+                        pass
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        assert not [it for it in logs if it["log_level"] == "warning"], logs
 
 
 async def test_clients_that_say_nothing_hold_up_a_replica_for_a_bounded_time(

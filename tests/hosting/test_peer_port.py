@@ -94,6 +94,50 @@ async def test_a_connection_ends_in_the_worker_that_it_is_for(tmp_path: Path) ->
     assert secret_of(tmp_path).hex() not in log
 
 
+async def test_workers_that_a_reload_has_replaced_leave_the_port_to_the_new_ones(tmp_path: Path) -> None:
+    files = peer_files(tmp_path / "certificates")
+    async with (
+        open_host(
+            tmp_path, "configured-2", peer_bind="127.0.0.1:0", model_url=SLOW, drain_timeout_s=CAP_S, **files
+        ) as server,
+        open_client(server) as (client,),
+    ):
+        with trio.fail_after(2 * CAP_S):
+            await server.wait_logged('"serving"', times=2)
+            old = server.workers()
+            turn = await start(client, await new_session(client, "s"))
+            with closing(sqlite3.connect(tmp_path / "lastcall.db")) as db:
+                (fence,) = db.execute("SELECT owner FROM sessions").fetchone()
+            address = owners(tmp_path)[fence]
+            server.signal_main(signal.SIGHUP)
+            await server.wait_logged("reloaded: 2 new workers serve")
+            (drains,) = [pid for pid in await server.wait_workers(3) if pid in old]
+            await wait_until(lambda: leaves_port(drains, server, address))
+            # A new worker takes each of these connections, and hands it over to the one that drains.
+            meant = (f"lastcall-instance: {address.instance}", f"lastcall-fence: {fence}")
+            assert [(await Replica(tmp_path).ask(address, *meant))[0] for _ in range(4)] == 4 * [200]
+            assert (await client.post(f"{turn}/cancel")).status_code == 200
+    assert "Traceback" not in server.log()
+
+
+async def leaves_port(pid: int, server: ServerProcess, address: PeerAddress) -> bool:
+    """Whether a worker takes none of many connections. Each stays with the worker that takes it: nothing is said."""
+    before = {worker: sockets_of(worker) for worker in server.workers()}
+    silent = [await trio.open_tcp_stream(address.host, address.port) for _ in range(60)]
+    while sum(map(sockets_of, before)) < sum(before.values()) + len(silent):  # noqa: ASYNC110  of other processes
+        await trio.sleep(0.02)
+    taken = sockets_of(pid) - before[pid]
+    for client in silent:
+        await client.aclose()
+    while sum(map(sockets_of, before)) > sum(before.values()):  # noqa: ASYNC110
+        await trio.sleep(0.02)
+    return taken == 0
+
+
+def sockets_of(pid: int) -> int:
+    return sum(str(it.readlink()).startswith("socket:") for it in Path(f"/proc/{pid}/fd").iterdir())
+
+
 async def test_clients_that_say_nothing_do_not_make_a_stop_unclean(tmp_path: Path) -> None:
     files = peer_files(tmp_path / "certificates")
     store = f"sqlite:{tmp_path}/lastcall.db"

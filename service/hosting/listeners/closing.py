@@ -12,6 +12,7 @@ import trio
 
 from service.hosting.hypercorn.worker import Worker
 from service.hosting.listeners.listeners import Listeners
+from service.hosting.listeners.peer_port import PeerDoor
 from service.hosting.listeners.worker_status import StatusBeacon, WorkerStatus
 from service.stop_state import Phase, StopState
 
@@ -51,10 +52,11 @@ class DeferredTermination:
 class ListenerShutdown:
     """Closes the listeners of a worker, in the way that fits what its master and the other workers do."""
 
-    def __init__(self, worker: Worker, listeners: Listeners) -> None:
+    def __init__(self, worker: Worker, listeners: Listeners, peer_door: PeerDoor) -> None:
         self._gives_up_start = False
         self._worker = worker
         self._listeners = listeners
+        self._peer_door = peer_door
         self._beacon = StatusBeacon(worker.master.open_status_file() if worker.master is not None else None)
         self._beacon.show(WorkerStatus.STARTING)
 
@@ -77,6 +79,7 @@ class ListenerShutdown:
         while True:
             others_serve = not self._master_stops and self._beacon.another_is(WorkerStatus.SERVING)
             self._listeners.accept_clients(not others_serve)
+            self._peer_door.accept(not others_serve)
             await trio.sleep(MASTER_POLL_INTERVAL_S)
 
     async def close_listeners(self) -> None:
@@ -115,6 +118,8 @@ class ListenerShutdown:
 
     def _close(self, *, followed: bool) -> None:
         self._beacon.show(WorkerStatus.LEAVING)
+        # Another worker that stops, too, may be gone before this one, whose turns replicas still ask for.
+        self._peer_door.accept(not followed and not self._beacon.another_is(WorkerStatus.SERVING))
         if self._listeners.open.is_set():
             self._listeners.stop_accepting(refuse_waiting=not followed and not self._others_answer())
 

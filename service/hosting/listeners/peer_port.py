@@ -6,7 +6,9 @@ go, and no worker that hangs holds up connections for the others.
 
 import os
 import socket
+from collections.abc import Awaitable, Callable
 
+import trio
 from hypercorn.config import Config
 
 from service.errors import StartupError
@@ -15,6 +17,35 @@ from service.settings import Settings, split_host_port
 
 BACKLOG = 1024
 _SHARED = "lastcall_peer_port"
+
+
+class PeerDoor:
+    """Whether this worker takes connections from the port that it shares. At first it does.
+
+    A connection that a worker takes just before its end would be lost, though it is for another worker. So a worker
+    that leaves lets the others take them all: those that are for it are handed to it.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = trio.Event()
+        self._wanted.set()
+        self._taking = trio.CancelScope()
+
+    def accept(self, wanted: bool) -> None:
+        """Take connections, or leave them to other workers, until the next call."""
+        if wanted:
+            self._wanted.set()
+        elif self._wanted.is_set():
+            self._wanted = trio.Event()
+            self._taking.cancel()
+
+    async def run(self, accept: Callable[[], Awaitable[None]]) -> None:
+        """Have ``accept`` take connections whenever they are wanted. It is cancelled when they are not."""
+        while True:
+            while not self._wanted.is_set():
+                await self._wanted.wait()
+            with trio.CancelScope() as self._taking:
+                await accept()
 
 
 def share_peer_port(config: Config, settings: Settings) -> None:
