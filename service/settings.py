@@ -124,17 +124,38 @@ def _listening_address(text: str) -> str:
 
 def _peer_address(text: str) -> str:
     host, port = split_host_port(text)
-    if host and re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= 65535:
+    if re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= 65535 and _is_host(host):
         return text
-    raise ValueError("should be host:port, or [address]:port for IPv6; port 0 takes a free one")
+    raise ValueError(
+        "should be host:port, or [address]:port for IPv6; port 0 takes a free one. The host is an address or a name of "
+        "letters, digits, - and _ (with dots between its parts, of 63 characters at most)"
+    )
 
 
 def _peer_url(text: str) -> str:
     host, port = split_host_port(text.removeprefix("tls://"))
     is_port = re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65535
-    if text.startswith("tls://") and is_port and not _is_every_interface(host):
-        return text
-    raise ValueError("should be tls://host:port, where other replicas reach this one")
+    if not (text.startswith("tls://") and is_port and host) or _is_every_interface(host):
+        raise ValueError("should be tls://host:port, where other replicas reach this one")
+    if not _is_host(host):
+        raise ValueError(
+            f"names the host {host}, which can be neither an address nor a name: a name has letters, digits, - and _, "
+            "with dots between its parts, which have 63 characters at most"
+        )
+    return text
+
+
+_LABEL = "(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\.?$){_LABEL}(\.{_LABEL})*\.?")
+
+
+def _is_host(text: str) -> bool:
+    """Whether a system may find an address for this: to look up another text raises a UnicodeError, or never works."""
+    try:
+        ip_address(text.partition("%")[0])  # an IPv6 address may name its interface
+    except ValueError:
+        return _HOST_NAME.fullmatch(text) is not None
+    return True
 
 
 def _is_every_interface(host: str) -> bool:

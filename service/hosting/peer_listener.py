@@ -243,12 +243,16 @@ class PeerListener:
         if opened is None:
             return
         if opened.purpose == "beats":  # in a task of this listener: hypercorn's nursery would wait for the beats
-            self._nursery.start_soon(send_beats, opened.stream, name="beats")
+            self._nursery.start_soon(self._send_beats, opened.stream, name="beats")
             return
         try:
             self._worker.server_nursery.start_soon(self._serve, opened.stream, name="peer")
         except RuntimeError:  # hypercorn has stopped
             opened.stream.socket.close()
+
+    async def _send_beats(self, stream: PeerStream) -> None:
+        with self._watched(stream):
+            await send_beats(stream)
 
     async def _serve(self, stream: PeerStream) -> None:
         """Serve one connection of the service, up to its end."""
@@ -261,13 +265,7 @@ class PeerListener:
         connection = self._connections.open(
             app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)
         )
-        if isinstance(stream, TlsStream):
-            self._far.add(stream)
-            try:
-                await connection.run()
-            finally:
-                self._far.discard(stream)
-        else:
+        with self._watched(stream):
             await connection.run()
 
     # How a connection becomes a stream with a proof
@@ -349,6 +347,18 @@ class PeerListener:
         return hmac.digest(self._secret, b"\0".join((b"handed", instance.encode(), hello)), "sha256")
 
     # Other replicas
+
+    @contextmanager
+    def _watched(self, stream: PeerStream) -> Iterator[None]:
+        """End the connection of a replica that vanishes in the context."""
+        if isinstance(stream, TlsStream):
+            self._far.add(stream)
+            try:
+                yield
+            finally:
+                self._far.discard(stream)
+        else:
+            yield
 
     async def _watch_far(self) -> None:
         """End the connections of replicas that have vanished while something was on its way to them."""

@@ -321,6 +321,17 @@ async def test_how_a_replica_ends_a_request_says_whether_its_client_has_left(
         assert scene.returns == [returns]
 
 
+async def test_beats_to_a_replica_that_vanishes_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_listener, "WATCH_INTERVAL_S", 0.05)
+    async with open_scene(tmp_path) as scene, await scene.connect() as stream:
+        assert await prove_to_owner(stream, SECRET, address=scene.address, purpose="beats")
+        assert await stream.receive_some() == b"."
+        monkeypatch.setattr(peer_listener, "is_unheard", lambda _: True)
+        with suppress(trio.BrokenResourceError):
+            while await stream.receive_some():
+                pass
+
+
 async def hand_over(scene: Scene, note: bytes, *, descriptors: int) -> None:
     """Hand sockets over as a worker of the same replica does, and return once the listener is done with them."""
     ours, theirs = socket.socketpair()

@@ -504,6 +504,23 @@ def test_peer_url_is_where_others_reach_the_replica(wrong: str) -> None:
     assert "should be tls://host:port, where other replicas reach this one" in problem
 
 
+@pytest.mark.parametrize("host", ["a..b", "-a", 64 * "a", "bücher.example", ".a", ".".join(64 * ["long"])])
+def test_a_host_that_can_be_no_name_is_refused_at_the_start(host: str) -> None:
+    """Looked up it would be a UnicodeError, or never be found, and the other replicas would go on asking."""
+    (problem,) = problems(PEERS | {"LASTCALL_PEER_BIND": "127.0.0.1:0", "LASTCALL_PEER_URL": f"tls://{host}:7443"})
+    assert f"the host {host}, which can be neither an address nor a name" in problem
+    (problem,) = problems(PEERS | {"LASTCALL_PEER_BIND": f"{host}:7443"})
+    assert "The host is an address or a name of letters" in problem
+
+
+@pytest.mark.parametrize(
+    "host", ["lastcall_1", "10.0.0.7", "[fd00::7]", "[fe80::1%eth0]", "pod-0.lastcall.svc.", "a.b.c"]
+)
+def test_a_name_or_an_address_is_the_host_of_a_replica(host: str) -> None:
+    named = {"LASTCALL_PEER_BIND": f"{host}:7443", "LASTCALL_PEER_URL": f"tls://{host}:7443"}
+    assert read(PEERS | named).peer_url == f"tls://{host}:7443"
+
+
 def test_real_model_server_needs_a_model() -> None:
     assert problems({"LASTCALL_MODEL_URL": "http://host/v1"}) == [
         "model should be set: a model that http://host/v1 serves"
