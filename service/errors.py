@@ -12,6 +12,8 @@
     │   ├── SessionExistsError       the chosen id is taken
     │   ├── TurnNotFoundError        the session has no such turn
     │   ├── ItemNotFoundError        the session has no such item
+    │   ├── NodeNotFoundError        the live tree has no such node
+    │   ├── WorkerNotFoundError      the server has no such worker
     │   ├── TurnInProgressError      a running or queued turn is in the way
     │   │   └── TurnsSuspendedError  the session's open turns wait for a process that adopts them
     │   ├── TurnMovedError           a turn goes on in another process (``session_id``, ``turn_id``)
@@ -207,6 +209,20 @@ class MadeIsGoneError(RefusedError):
             f"The call with this Idempotency-Key made {made}, which was deleted or has expired. "
             "Send a new key to make another."
         )
+
+
+class NodeNotFoundError(RefusedError):
+    code = "node_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no such node in the live tree, or not any more.")
+
+
+class WorkerNotFoundError(RefusedError):
+    code = "worker_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("This server has no worker with this process id, or not any more.")
 
 
 class TurnInProgressError(RefusedError):

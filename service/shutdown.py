@@ -147,6 +147,11 @@ class Shutdown(StopState):
         reason = f", by {self._reason}" if self._reason else ""
         return f"<Shutdown: {self.phase}{reason}>"
 
+    @property
+    def reason(self) -> str:
+        """The source of the first notice; empty before it."""
+        return self._reason
+
     # Calls from outside
 
     def notice(self, reason: str, *, age_s: float = 0, is_replaced: bool = False) -> None:

@@ -18,7 +18,8 @@
        ├─ key loop           reads API keys again when their files change
        ├─ refusal loop       tells how many requests were refused, once a second
        ├─ standing watcher   ends the service once another process has taken over its turns
-    └─ shutdown watcher   waits for the notice, then runs the phases
+       ├─ tree keeper        forgets what the live tree has mirrored, once nobody looks any more
+       └─ shutdown watcher   waits for the notice, then runs the phases
 
 The parts start in this order. On the way down the loops are cancelled first, all at once; then the sessions, the
 model clients in reverse order and the store close, one after the other. The indentation of
@@ -41,7 +42,7 @@ from service.errors import StartupError, StoreError, StoreLostError
 from service.models.client import ModelClient
 from service.models.http.read_poller import open_read_poller
 from service.models.model_catalog import ModelCatalog
-from service.models.openai_compatible import open_openai_compatible
+from service.models.openai_compatible import OpenAICompatibleClient, open_openai_compatible
 from service.models.retrying import RetryingClient
 from service.models.scripted import Script, open_scripted
 from service.models.upstreams import Upstreams
@@ -52,10 +53,13 @@ from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.recovery import run_recovery
 from service.settings import Settings, Sources, Upstream, missing_driver, shown_url
 from service.shutdown import Shutdown
+from service.steps import Steps
 from service.storage.memory import open_memory_store
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
+from service.telemetry.live_tree import LiveTree
 from service.telemetry.refusal_log import RefusalLog
+from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall.supervisor")
 
@@ -72,6 +76,7 @@ class Service:
     shutdown: Shutdown
     refusals: RefusalLog
     keys: ApiKeys
+    tree: LiveTree
 
 
 @asynccontextmanager
@@ -100,9 +105,10 @@ async def open_service(
     clock = clock or SteadyClock()
     refusals = RefusalLog()
     keys = ApiKeys(settings, read_sources=read_sources)
+    tree = LiveTree()
     async with (
         shutdown.closing(_open_store(settings, peer_address), "the store") as store,
-        _open_upstreams(settings, shutdown, clock) as upstreams,
+        _open_upstreams(settings, shutdown, clock, tree) as upstreams,
         open_sessions(
             store=store,
             client_for=upstreams.client_for,
@@ -113,6 +119,8 @@ async def open_service(
         ) as sessions,
         trio.open_nursery() as nursery,
     ):
+        tree.add_source(sessions.describe)
+        tree.add_source(partial(_describe_nursery, nursery))
         await _recover(store, clock, settings)
         expiry = partial(
             run_expiry,
@@ -140,9 +148,15 @@ async def open_service(
         await nursery.start(refusals.run, name="refusal loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         await nursery.start(keys.run, name="key loop")
+        await nursery.start(tree.run, name="tree keeper")
         models = ModelCatalog(upstreams, default_model=settings.default_model)
-        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys)
+        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys, tree)
         nursery.cancel_scope.cancel()
+
+
+def _describe_nursery(nursery: trio.Nursery, notes: Notes) -> Steps[None]:
+    notes.name(nursery, Node(parent=None, kind="nursery", name="loops of the service"))
+    yield
 
 
 def check_script(url: str, *, setting: str) -> None:
@@ -180,7 +194,9 @@ def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncCo
 
 
 @asynccontextmanager
-async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) -> AsyncIterator[Upstreams]:
+async def _open_upstreams(
+    settings: Settings, shutdown: Shutdown, clock: Clock, tree: LiveTree
+) -> AsyncIterator[Upstreams]:
     """Open one model client per upstream, each with its own connection pool.
 
     The clients close in reverse order, each within a bound.
@@ -205,6 +221,8 @@ async def _open_upstreams(settings: Settings, shutdown: Shutdown, clock: Clock) 
         client = await clients.enter_async_context(
             shutdown.closing(opened, f"the model client {name or shown_url(url)}")
         )
+        if isinstance(client, OpenAICompatibleClient):
+            tree.add_source(client.describe)
         return RetryingClient(client, retries_max=settings.model_retries_max)
 
     async with open_read_poller() as poller, AsyncExitStack() as clients:

@@ -12,6 +12,8 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.routing import MapAdapter
 
+from service.api.http.admin_access import PATHS as ADMIN_PATHS
+from service.api.http.admin_access import check_no_other_page, protect
 from service.api.http.app_state import (
     HISTORY_BYTES_MAX,
     attach,
@@ -41,7 +43,7 @@ from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
 from service.api.openai import chat_completions, conversations, models, responses
 from service.api.openai.errors import is_path_of_openai, openai_error_response
-from service.api.operator import console, health
+from service.api.operator import console, health, tree
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.telemetry.log_context import log_context
@@ -157,7 +159,9 @@ def create_app() -> Application:
     app = Application("lastcall", static_folder=None)
     app.config["RESPONSE_TIMEOUT"] = None  # Quart would cut an answer off after 60 s, also one that is being read
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
-    for module in (sessions, turns, chat, responses, conversations, chat_completions, models, health, page, console):
+    for module in (sessions, turns, chat, responses, conversations, chat_completions, models):
+        app.register_blueprint(module.blueprint)
+    for module in (health, tree, page, console):
         app.register_blueprint(module.blueprint)
     app.register_error_handler(Exception, _answer_error)  # for web sockets
     return app
@@ -166,7 +170,10 @@ def create_app() -> Application:
 async def _admit(request: Request) -> TrioResponse | None:
     """Let a request pass to its handler, or answer it here."""
     settings = current_service().settings
-    preflight = preflight_response(settings.cors_origins)
+    is_admin = request.path.startswith(ADMIN_PATHS)
+    if is_admin and not is_from_peer():
+        check_no_other_page(request)
+    preflight = None if is_admin else preflight_response(settings.cors_origins)
     if preflight is not None:
         return preflight
     is_probe = request.blueprint == health.blueprint.name
@@ -174,7 +181,8 @@ async def _admit(request: Request) -> TrioResponse | None:
     access = current_access()
     if is_from_peer():
         if not needs_no_key:
-            admit(request, caller_at_peer(request.headers.get(CALLER.decode())))
+            caller = caller_at_peer(request.headers.get(CALLER.decode()))
+            admit(request, caller, needed="administer" if is_admin else None)
     elif not (needs_no_key and access.needs_key):
         caller = access.check(
             authorization=request.headers.get("Authorization"),
@@ -185,7 +193,7 @@ async def _admit(request: Request) -> TrioResponse | None:
             proxy_header=None if is_probe or access.needs_key else proxy_header(request.scope["headers"]),
         )
         if not needs_no_key:
-            admit(request, caller)
+            admit(request, caller, needed="administer" if is_admin else None)
     if request.query_string and not is_probe and request.endpoint is not None:
         _refuse_query(current_app.view_functions[request.endpoint])
     return None
@@ -253,6 +261,9 @@ def _complete(response: TrioResponse, answered: Request) -> None:
     response.headers[HEADER] = request_id_of(cast("dict[str, Any]", answered.scope))
     if is_from_peer():
         return  # the process that sent the request on adds the CORS headers
+    if answered.path.startswith(ADMIN_PATHS):
+        protect(response.headers)
+        return
     try:
         allow_origin(response.headers, current_service().settings.cors_origins)
     except NotReadyError:

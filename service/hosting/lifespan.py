@@ -8,7 +8,7 @@ used: it cannot hold a nursery. Proven by ``tests/hosting/test_lifespan.py``.
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from typing import Any
 
@@ -22,6 +22,7 @@ from service.api.app import attach, detach
 from service.api.http.app_state import refusals_of
 from service.api.http.proxy import SUCCESSORS
 from service.cluster.peer_transport import PeerTransport
+from service.errors import StartupError
 from service.freezes import watch_for_freezes
 from service.hosting.hypercorn.asgi_request import open_requests
 from service.hosting.hypercorn.connections import Connections
@@ -39,10 +40,12 @@ from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice, has_terminal
 from service.settings import Settings, check_stand_in, ignored_variables
 from service.shutdown import PHASE_MARGIN_S, Host, Shutdown
+from service.steps import Steps
 from service.stop_state import Phase
 from service.supervisor import Service, open_service
 from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
+from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall")
 
@@ -211,6 +214,9 @@ class Hosting(Host):
                     self._peer_address = peers.address
                     peers.take_peers(service.store.peer_secret, fence=service.store.fence)
                 self._opened = True
+                service.tree.add_source(self._describe)
+                service.tree.add_source(self._connections.describe)
+                service.tree.add_source(self._requests.describe)
                 gc.freeze()  # modules, routes and schemas live on: the collector need not look through them
                 gc.set_threshold(GARBAGE_AFTER)
                 attach(self._app, service)
@@ -226,6 +232,12 @@ class Hosting(Host):
                 finally:
                     detach(self._app)
                     self._watchdog.start()
+
+    def _describe(self, notes: Notes) -> Steps[None]:
+        """Tell the live tree of hypercorn's nursery."""
+        with suppress(StartupError):  # hypercorn does not serve yet
+            notes.name(self._worker.server_nursery, Node(parent=None, kind="nursery", name="client connections"))
+        yield
 
     async def _refuse_waiting_clients(self, sockets: Sockets, nursery: trio.Nursery) -> None:
         """After a start was given up, answer the clients that wait with 503, unless another worker will serve them."""

@@ -42,12 +42,14 @@ from service.models.dialects import KnownDialects
 from service.models.http.connect import TlsError
 from service.models.http.read_poller import ReadPoller
 from service.models.http.transport import BODY, ResponseBody, Transport
+from service.models.http.tree_notes import note_connections
 from service.models.inflate import ENCODINGS, InflateError, Inflater, inflate
 from service.models.listed_models import LIST_BYTES_MAX, read_models
 from service.models.parameters import parameters_of
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
-from service.steps import in_steps
+from service.steps import Steps, in_steps
 from service.telemetry.log_context import add_to_log_context
+from service.telemetry.tree_nodes import Notes
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
 _IDLE_MAX = 256
@@ -176,6 +178,10 @@ class OpenAICompatibleClient:
 
     async def aclose(self) -> None:
         await self._transport.aclose()
+
+    def describe(self, notes: Notes) -> Steps[None]:
+        """Tell the live tree of the connections to this server."""
+        yield from note_connections(self._transport, notes, upstream=self._name)
 
     @asynccontextmanager
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream | ContinuedStream"]:

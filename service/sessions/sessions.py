@@ -63,8 +63,10 @@ from service.sessions.items import ItemsPage, PlacedItem, items_down, items_up
 from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.titles import Titles
+from service.sessions.tree_notes import note_streams, note_turns
 from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
+from service.steps import Steps
 from service.stop_state import Phase, StopState
 from service.storage.records import (
     IdempotencyKey,
@@ -81,6 +83,7 @@ from service.storage.records import (
 from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of, with_added
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
+from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall.sessions")
 
@@ -125,6 +128,7 @@ class Sessions:
         stop: StopState,
         transport: PeerTransport,
     ) -> None:
+        self._nursery = nursery
         self._store = store
         self._client_for = client_for
         self._clock = clock
@@ -987,6 +991,12 @@ class Sessions:
             self._active.turns_arriving + self.deletions.callers_waiting + self._forking.statistics().tasks_waiting
         )
         return SessionsStatistics.of(self._active, self.pending_writes, self.streams, callers_waiting=callers_waiting)
+
+    def describe(self, notes: Notes) -> Steps[None]:
+        """Tell the live tree of the open turns and streams."""
+        notes.name(self._nursery, Node(parent=None, kind="nursery", name="sessions"))
+        yield from note_turns(self._active.open_turns_by_session(), notes)
+        yield from note_streams(self.streams, notes)
 
     # Steps of the calls
 

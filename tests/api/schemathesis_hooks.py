@@ -12,7 +12,18 @@ import schemathesis
 from schemathesis import Case, CheckContext, HookContext, Response
 from schemathesis.checks import negative_data_rejection, positive_data_acceptance
 
-OPAQUE = {"after", "at", "head", "Idempotency-Key", "Last-Event-ID", "lastEventId", "parent", "turn_id"}
+OPAQUE = {
+    "after",
+    "at",
+    "head",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "lastEventId",
+    "parent",
+    "turn_id",
+    "under",
+    "worker",
+}
 """Parameters whose texts may have the right form and are still refused, because the server never gave them out."""
 DEPENDENT = re.compile(r"count|tool_choice(\.name)?|tools\[\d+\]\.name|(input|items)\[\d+\]\.call_id")
 """Fields that have to fit others: a choice needs its function, names and ids are there once, a search has no count."""

@@ -40,7 +40,7 @@ def native_calls() -> dict[Call, dict[str, Any]]:
         (method.upper(), path): operation
         for path, methods in build_document(create_app())["paths"].items()
         for method, operation in methods.items()
-        if not path.startswith("/v1/")
+        if not path.startswith(("/v1/", "/admin/"))
     }
 
 

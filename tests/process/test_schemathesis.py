@@ -32,6 +32,8 @@ NOT_MET = {
 }
 """schemathesis reads ``openapi`` itself. The others need the id of a turn's last event and the turn's input, or an item
 of a conversation, whose fields the schema does not tell."""
+LEFT_OUT = ("stream_live_tree",)
+"""A stream that ends with the server."""
 CREATORS = ("create_session", "start_turn")
 SEEDS = 6
 """In CI the runs have fixed seeds below this one, and those beyond the first run only for answers that were not met."""
@@ -51,6 +53,7 @@ class Schemathesis:
             *("--max-examples", str(EXAMPLES), "--request-timeout", "15", *arguments),
             # Checks of ours replace the first two (see the hooks). The last does not expect an id to be used again.
             *("--exclude-checks", "positive_data_acceptance,negative_data_rejection,use_after_free"),
+            *(it for operation_id in LEFT_OUT for it in ("--exclude-operation-id", operation_id)),
             *(("--seed", "1") if IN_CI and "--seed" not in arguments else ()),
         ]
         env = os.environ | {
@@ -125,5 +128,8 @@ def leading_to(operation_ids: set[str], operations: dict[str, Any]) -> set[str]:
 
 def operations_of(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
-        operation["operationId"]: operation for methods in document["paths"].values() for operation in methods.values()
+        operation["operationId"]: operation
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        if operation["operationId"] not in LEFT_OUT
     }

@@ -4,7 +4,8 @@
 ``read``           GET and HEAD
 ``talk``           all other calls about sessions and turns, and what ``read`` allows
 ``administer``     act for other owners, with the header ``Lastcall-Owner`` or the field ``owner`` of a new session; and
-                   see the sessions of all owners in listings. What is done there needs ``read`` or ``talk`` as well
+                   see the sessions of all owners in listings. What is done there needs ``read`` or ``talk`` as well.
+                   The calls under ``/admin`` need this alone
 =================  =====================================================================================================
 
 The id in a path is a public one. :func:`admit` makes the scoped id of it, so a handler never has another owner's
@@ -42,15 +43,19 @@ def needed_for(method: str) -> Permission:
     return cast("Permission", NEEDED.get(method, "talk"))
 
 
-def admit(admitted: Request, caller: Caller) -> None:
+def admit(admitted: Request, caller: Caller, *, needed: Permission | None = None) -> None:
     """Let a caller's request pass to its handler: note whose sessions it is about, and make the scoped id of its path.
+
+    Args:
+        needed: What the call needs; what its method says unless given.
 
     Raises:
         NotPermittedError
         InvalidRequestError: The header names no owner.
     """
-    needed = needed_for(admitted.method)
-    if admitted.endpoint is not None and not caller.may & {needed, "talk"}:
+    needed = needed or needed_for(admitted.method)
+    is_allowed = needed in caller.may or (needed == "read" and "talk" in caller.may)
+    if admitted.endpoint is not None and not is_allowed:
         raise NotPermittedError(f"This API key may not do this: it needs the permission {needed!r} (`may`).")
     scope = cast("dict[str, object]", admitted.scope)
     owner = _owner_in(admitted, caller)

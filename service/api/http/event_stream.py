@@ -142,6 +142,17 @@ class EventStream(ResponseBody):
         self._taken_at = 0.0
         self._held_bytes = 0
         self._ended = self._is_cut = False
+        slot.progress = self
+
+    @property
+    def seq(self) -> int:
+        """The last seq that was written."""
+        return self._seq
+
+    @property
+    def turn_id(self) -> str:
+        """Whose events they are; empty if that is not known."""
+        return self._log.turn_id
 
     def __repr__(self) -> str:
         return f"<EventStream at seq {self._seq} of {self._log!r}>"

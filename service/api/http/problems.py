@@ -11,6 +11,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import HTTPException
 
 from service.api.http.access import LoopbackOnlyError, ProxiedRequestError, UnauthorizedError
+from service.api.http.admin_access import CrossSiteError
 from service.api.http.callers import NotPermittedError
 from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.idempotency_keys import InvalidKeyError
@@ -31,6 +32,7 @@ from service.errors import (
     LastcallError,
     LimitError,
     MadeIsGoneError,
+    NodeNotFoundError,
     OwnedElsewhereError,
     OwnerHangsError,
     PreconditionFailedError,
@@ -48,6 +50,7 @@ from service.errors import (
     TurnLimitError,
     TurnMovedError,
     TurnNotFoundError,
+    WorkerNotFoundError,
 )
 
 logger = structlog.get_logger("lastcall.api")
@@ -72,9 +75,12 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     LoopbackOnlyError: 403,
     ProxiedRequestError: 403,
     NotPermittedError: 403,
+    CrossSiteError: 403,
     SessionNotFoundError: 404,
     TurnNotFoundError: 404,
     ItemNotFoundError: 404,
+    NodeNotFoundError: 404,
+    WorkerNotFoundError: 404,
     BodyTimeoutError: 408,
     SessionExistsError: 409,
     TurnInProgressError: 409,
@@ -115,6 +121,10 @@ ADVICE: Mapping[str, str] = {
     "proxied_without_keys": "this server serves its own machine only, and a proxy passed the request on: "
     "set `LASTCALL_API_KEYS` there",
     "not_permitted": "the key lacks what `detail` names: use another one, or give it to the key (`may`)",
+    "cross_site": "calls under `/admin` are for pages of this server, and for programs: `cors_origins` does not hold "
+    "there",
+    "node_not_found": "the node has ended: get the whole tree again",
+    "worker_not_found": "the worker has ended: `GET /admin/tree` names those that there are",
     "not_found": "there is no such call: `/docs` lists all calls",
     "session_not_found": "the session never existed, was deleted or has expired",
     "turn_not_found": "the session has no such turn",

@@ -55,6 +55,7 @@ _TAGS = {
     "conversations": "OpenAI's API: a conversation is a session.",
     "chat_completions": "OpenAI's API: a whole conversation goes in, one reply comes out, and nothing is kept.",
     "models": "OpenAI's API: the models that a request may name.",
+    "admin": "For operators: the live tree, the shutdown, its reports. Needs a key that may `administer`.",
     "health": "For probes of a balancer or an orchestrator.",
     "docs": "The OpenAPI document, and a page of it.",
     "console": "A page to chat, and to look at the server.",

@@ -12,6 +12,7 @@
 * The server's messages go to the request without a task in between.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -32,7 +33,9 @@ from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
 from service.hosting.hypercorn.http1_exchange import Http1Exchange
 from service.hosting.hypercorn.unread_answers import Answer, unread_answers_of
+from service.steps import Steps
 from service.stop_state import Phase, StopState
+from service.telemetry.tree_nodes import Node, Notes
 
 LAST_SEND_TIMEOUT_S = 30
 """Bound on the shield around the last send: after it, the connection of a client that does not read is given up."""
@@ -42,12 +45,20 @@ PIECE_BYTES = 64 * 1024
 _REQUESTS = "lastcall.requests"
 
 
-class OpenRequests(set[Request]):
-    """The requests of an application that are open, for the shutdown."""
+class OpenRequests(dict[Request, trio.lowlevel.Task]):
+    """The requests of an application that are open, each with its task: for the shutdown, and for those who look."""
 
     def __init__(self, stop: StopState) -> None:
         super().__init__()
         self.stop = stop
+
+    def describe(self, notes: Notes) -> Steps[None]:
+        """Tell the live tree which tasks answer requests. A path is told as its route: without ids."""
+        for request, task in tuple(self.items()):
+            rule = request.url_rule
+            path = "" if rule is None else " " + re.sub("<(?:[a-z]+:)?([^>]+)>", r"{\1}", rule.rule)
+            notes.name(task, Node(parent=None, kind="request", name=f"{request.method}{path}"))
+            yield
 
     def refuse_uploads(self, *, older_than_s: float = 0) -> None:
         """Answer the requests that began so long ago and whose bodies are not complete with 503."""
@@ -75,7 +86,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
         request = self._request = self._create_request_from_scope(send)
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
         if requests is not None:
-            requests.add(request)
+            requests[request] = trio.lowlevel.current_task()
         try:
             if isinstance(receive, ReceiveQueue) and isinstance(request.body, BoundedBody):
                 await self._answer_directly(request, receive, send)
@@ -86,7 +97,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
         finally:
             cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)  # a circle: the exchange holds the scope
             if requests is not None:
-                requests.discard(request)
+                requests.pop(request, None)
             if self._answer is not None and (answers := unread_answers_of(self.app)) is not None:
                 answers.discard(self._answer)
 

@@ -44,7 +44,7 @@ from hypercorn.protocol.h11 import H11Protocol, H11WSConnection
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup
-from hypercorn.utils import parse_socket_addr
+from hypercorn.utils import parse_socket_addr, repr_socket_addr
 
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ConnectionTaskGroup
@@ -62,7 +62,9 @@ from service.hosting.hypercorn.http1_connection import (
     socket_of,
 )
 from service.hosting.hypercorn.http1_exchange import Address
+from service.steps import Steps
 from service.stop_state import Phase, StopState
+from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall.connections")
 
@@ -172,6 +174,21 @@ class Connections:
         opened_until = trio.current_time() - older_than_s
         return self._abort([it for it in self._open if it.is_in_handshake and it.opened_at <= opened_until])
 
+    def describe(self, notes: Notes) -> Steps[None]:
+        """Tell the live tree which tasks serve connections."""
+        for connection in tuple(self._open):
+            notes.name(
+                connection.reader,
+                Node(
+                    parent=None,
+                    kind="connection",
+                    name=f"client {connection.client}",
+                    state=connection.state_shown,
+                    since=notes.moment(connection.opened_at),
+                ),
+            )
+            yield
+
     def _abort(self, connections: "list[Connection]") -> int:
         for connection in connections:
             connection.abort()
@@ -219,6 +236,8 @@ class Connection(TCPServer):
         self.opened_at = trio.current_time()
         self._handshake: trio.CancelScope | None = None if self._takes_plain_bytes else trio.CancelScope()
         self._http1: Http1Connection | None = None
+        self.reader: trio.lowlevel.Task | None = None
+        self.client = ""
 
     def __repr__(self) -> str:
         state = "closed" if self._socket.fileno() < 0 else "in handshake" if self.is_in_handshake else "open"
@@ -227,6 +246,13 @@ class Connection(TCPServer):
     @property
     def socket(self) -> trio.socket.SocketType:
         return self._socket
+
+    @property
+    def state_shown(self) -> str:
+        """What the live tree calls its state."""
+        if self.is_in_handshake:
+            return "handshake"
+        return "idle" if self._http1 is not None and self._http1.is_idle else "busy"
 
     @property
     def is_in_handshake(self) -> bool:
@@ -265,7 +291,7 @@ class Connection(TCPServer):
 
     async def run(self) -> None:
         self._connections.note_begun(self)
-        self._reader = trio.lowlevel.current_task()
+        self.reader = trio.lowlevel.current_task()
         try:
             alpn: str | None = "http/1.1"
             if self._handshake is not None:
@@ -276,6 +302,7 @@ class Connection(TCPServer):
             sock = self._socket
             client = parse_socket_addr(sock.family, sock.getpeername())
             server = parse_socket_addr(sock.family, sock.getsockname())
+            self.client = repr_socket_addr(sock.family, sock.getpeername())
             begun: bytes | None = b""
             if alpn != "h2":
                 begun = await self._serve_http1(client, server)
@@ -400,7 +427,7 @@ class Connection(TCPServer):
         Its ``WSStream`` sends no ``StreamClosed`` after ``_send_error_response``.
         """
         protocol = self.protocol.protocol
-        if not isinstance(protocol, H11Protocol) or trio.lowlevel.current_task() is not self._reader:
+        if not isinstance(protocol, H11Protocol) or trio.lowlevel.current_task() is not self.reader:
             return False
         connection = protocol.connection
         if isinstance(connection, H11WSConnection):

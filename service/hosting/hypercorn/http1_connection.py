@@ -150,6 +150,11 @@ class Http1Connection:
         return f"<Http1Connection {self.socket.fileno()}: {state} after {self._requests} requests>"
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a request."""
+        return self._is_idle
+
+    @property
     def takes_plain_bytes(self) -> bool:
         """Whether bytes go to the kernel as they are: without TLS."""
         return self._is_plain

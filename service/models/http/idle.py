@@ -1,6 +1,7 @@
 """The connections to a model server that wait for a next request."""
 
 from collections import deque
+from collections.abc import Sequence
 
 import trio
 
@@ -27,6 +28,11 @@ class IdleConnections:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    @property
+    def connections(self) -> Sequence[Connection]:
+        """Those that are kept, the oldest first."""
+        return [connection for _, connection in self._kept]
 
     def add(self, connection: Connection) -> None:
         """Keep a connection that has no request and that can take one."""

@@ -1,7 +1,7 @@
 """The transport for httpx: it sends a request over a kept or a new connection, and reads the response."""
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
 
 import httpx  # noqa: ASYNC127  the project's choice
@@ -37,6 +37,9 @@ class Transport(httpx.AsyncBaseTransport):
         idle_max: Bound on the connections without work.
         idle_expiry_s: How long they are kept.
         poller: Waits for the bodies of all responses; None if each task waits by itself.
+
+    Attributes:
+        at_work: The connections with a request, each with its task and since when it has this request.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Transport(httpx.AsyncBaseTransport):
         self._connect_timeout_s = connect_timeout_s
         self._idle = IdleConnections(connections_max=idle_max, expiry_s=idle_expiry_s)
         self._is_closed = False
+        self.at_work: dict[Connection, tuple[trio.lowlevel.Task, float]] = {}
         self._poller = poller
         if self._ssl_context is not None:
             self._ssl_context.set_alpn_protocols(["http/1.1"])
@@ -61,6 +65,17 @@ class Transport(httpx.AsyncBaseTransport):
 
     def __repr__(self) -> str:
         return f"<Transport to {self._origin[1]}:{self._origin[2]}, {len(self._idle)} idle>"
+
+    @property
+    def address(self) -> str:
+        """The server's scheme, host and port."""
+        scheme, host, port = self._origin
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    @property
+    def idle(self) -> Sequence[Connection]:
+        """The connections without work."""
+        return self._idle.connections
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request, and return the response once its head is here.
@@ -94,6 +109,7 @@ class Transport(httpx.AsyncBaseTransport):
 
     async def _exchange(self, request: httpx.Request, connection: Connection) -> httpx.Response:
         reader = HeadReader(request.method)
+        self.at_work[connection] = trio.lowlevel.current_task(), trio.current_time()
         try:
             head = reader.encode_request(request.url.raw_path, request.headers.raw)
             sending = await _send(head + request.content, connection, reader)
@@ -104,6 +120,7 @@ class Transport(httpx.AsyncBaseTransport):
                 keeper=self if sending.is_whole and response.is_reusable else None,
                 poller=self._poller,
                 unsent=sending.rest,
+                when_over=self._note_over,
             )
             body.begin(reader.take_rest())
             return httpx.Response(
@@ -113,8 +130,12 @@ class Transport(httpx.AsyncBaseTransport):
                 extensions={"http_version": response.http_version, "reason_phrase": response.reason, BODY: body},
             )
         except BaseException:
+            self._note_over(connection)
             connection.close()
             raise
+
+    def _note_over(self, connection: Connection) -> None:
+        self.at_work.pop(connection, None)
 
     def keep(self, connection: Connection) -> None:
         """Take a connection back whose response has ended as it should."""
@@ -131,6 +152,7 @@ class ResponseBody(httpx.AsyncByteStream):
         keeper: Gets the connection back after the body; None if the connection cannot be used again.
         poller: Waits for :meth:`relay`.
         unsent: The rest of the request, if its response came before the whole request was sent.
+        when_over: Called with the connection once the body is over, before the connection is given back or closed.
     """
 
     def __init__(
@@ -141,12 +163,14 @@ class ResponseBody(httpx.AsyncByteStream):
         keeper: Transport | None,
         poller: ReadPoller | None = None,
         unsent: memoryview | None = None,
+        when_over: Callable[[Connection], object] = bool,
     ) -> None:
         self._connection: Connection | None = connection
         self._decoder = decoder
         self._keeper = keeper
         self._poller = poller
         self._unsent = unsent
+        self._when_over = when_over
         self._first = b""
         self._breakage: str | None = None  # why the connection broke
 
@@ -271,6 +295,7 @@ class ResponseBody(httpx.AsyncByteStream):
         connection, self._connection = self._connection, None
         if connection is None:
             return
+        self._when_over(connection)
         if self._keeper is not None and self._decoder.is_over and self._decoder.is_clean:
             self._keeper.keep(connection)
         else:

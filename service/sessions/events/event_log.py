@@ -82,6 +82,11 @@ class Events(Protocol):
     beside: dict[object, object]
 
     @property
+    def turn_id(self) -> str:
+        """Whose events they are; empty if that is not known."""
+        ...
+
+    @property
     def last_seq(self) -> int: ...
 
     @property
@@ -130,6 +135,7 @@ class EventLog:
     Args:
         bytes_max: Bound on the memory of the events: their texts in UTF-8, and some bytes for each event.
             :meth:`append` refuses an event beyond it; the terminal event has room of its own.
+        turn_id: Whose events they are.
 
     Attributes:
         last_seq: The seq of the newest event, 0 if there is none.
@@ -137,7 +143,8 @@ class EventLog:
         beside: What the readers of one kind keep together, such as the frames that they have sent last.
     """
 
-    def __init__(self, *, bytes_max: int) -> None:
+    def __init__(self, *, bytes_max: int, turn_id: str = "") -> None:
+        self.turn_id = turn_id
         self.last_seq = 0
         self.is_moved = False
         self.beside: dict[object, object] = {}

@@ -123,6 +123,10 @@ class Replay:
         return f"<Replay of {self._turn.id}: seq {self.last_seq}>"
 
     @property
+    def turn_id(self) -> str:
+        return self._turn.id
+
+    @property
     def last_seq(self) -> int:
         """The seq of the terminal event."""
         return self._terminal.seq

@@ -2,6 +2,7 @@
 
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
+from typing import Protocol
 
 import trio
 
@@ -15,6 +16,21 @@ _CLOSED_MAX = 64
 """So many closed streams may wait for the time of their heartbeat, beside as many as are open."""
 
 
+class Progress(Protocol):
+    """How far an event stream has come, for those who look.
+
+    Attributes:
+        seq: The last event that was written.
+        turn_id: Whose events they are; empty if that is not known.
+    """
+
+    @property
+    def seq(self) -> int: ...
+
+    @property
+    def turn_id(self) -> str: ...
+
+
 class Streams:
     """Counts streams and bounds them to ``streams_max``.
 
@@ -24,10 +40,11 @@ class Streams:
 
     Attributes:
         heartbeat_interval_s: As given.
+        slots: The open ones.
     """
 
     def __init__(self, *, streams_max: int, heartbeat_interval_s: float, stop: StopState) -> None:
-        self.open = 0
+        self.slots: set[StreamSlot] = set()
         self.ended = 0
         self.aborted = 0
         self.stop = stop
@@ -43,6 +60,11 @@ class Streams:
     def __repr__(self) -> str:
         return f"<Streams: {self.open} of {self._streams_max} open, {self.ended} ended, {self.aborted} aborted>"
 
+    @property
+    def open(self) -> int:
+        """How many streams are open."""
+        return len(self.slots)
+
     def open_stream(self) -> "StreamSlot":
         """Take a slot, which the caller must close.
 
@@ -51,8 +73,9 @@ class Streams:
         """
         if self.open >= self._streams_max:
             raise StreamLimitError(f"{self._streams_max} streams are open already (streams_max); try again later.")
-        self.open += 1
-        return StreamSlot(self)
+        slot = StreamSlot(self)
+        self.slots.add(slot)
+        return slot
 
     def wake_silent(self) -> float:
         """Wake each stream that has been silent for the interval, so that it sends a heartbeat.
@@ -79,9 +102,9 @@ class Streams:
         """For :class:`StreamSlot`: it waits, and is not noted already."""
         heappush(self._due, (slot.silent_since + self.heartbeat_interval_s, next(self._numbers), slot))
 
-    def note_closed(self, *, ended: bool | None) -> None:
+    def note_closed(self, slot: "StreamSlot", *, ended: bool | None) -> None:
         """For :class:`StreamSlot`; ``ended`` is None if the stream never began."""
-        self.open -= 1
+        self.slots.discard(slot)
         if ended:
             self.ended += 1
         elif ended is not None:
@@ -96,11 +119,17 @@ class StreamSlot:
 
     Attributes:
         silent_since: When the stream began to wait, or wrote last while it waited.
+        opened_at: When the slot was taken, on Trio's clock.
+        task: The task that has taken it, and sends the stream; None once the slot is closed.
+        progress: How far the stream has come; None before it has begun, and if another process sends it.
     """
 
     def __init__(self, streams: Streams) -> None:
         self._streams: Streams | None = streams
         self.silent_since = 0.0
+        self.opened_at = trio.current_time()
+        self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+        self.progress: Progress | None = None
         self._is_noted = False
         self._is_due = False
         self._waits_in: tuple[Events, trio.lowlevel.Task] | None = None
@@ -156,5 +185,6 @@ class StreamSlot:
 
     def _close(self, *, ended: bool | None) -> None:
         streams, self._streams = self._streams, None
+        self.task = self.progress = None  # circles
         if streams is not None:
-            streams.note_closed(ended=ended)
+            streams.note_closed(self, ended=ended)

@@ -73,7 +73,7 @@ class Turn:
         request_id: str | None = None,
         runs: Sequence[Run] | None = None,
     ) -> None:
-        self.log = EventLog(bytes_max=settings.log_bytes_max)
+        self.log = EventLog(bytes_max=settings.log_bytes_max, turn_id=record.id)
         self.deadlines = TurnDeadlines()
         self.ended = trio.Event()
         self.stored = False

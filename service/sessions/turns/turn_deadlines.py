@@ -109,6 +109,14 @@ class TurnDeadlines:
         code = self._silence_code
         return outcome.failed(code, f"The model server sent nothing for {self._silence_s:g} s ({code}_s).")
 
+    def next_one(self) -> tuple[float, str] | None:
+        """The deadline that passes first, as it is now, and its name; None if the turn has none. Changes nothing."""
+        silence, run, abandoned = self._silence.at, self._run.at, self._abandoned.at
+        at = min(silence, run, abandoned)
+        if at == inf:
+            return None
+        return at, "disconnect_grace" if at == abandoned else "turn_timeout" if at == run else self._silence_code
+
     def catch_up(self) -> None:
         """Move the scope's deadline to the true one. No effect once the work was stopped."""
         if self.armed_at > -inf:

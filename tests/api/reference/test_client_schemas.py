@@ -26,6 +26,7 @@ from service.api.openai.response import Response
 from service.api.openai.responses import DeletedResponse
 from service.api.operator.console import Root
 from service.api.operator.health import Health
+from service.api.operator.tree_wire import Tree
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
 
@@ -42,7 +43,7 @@ ANSWERS = {
     name: kind
     for of in (
         *(SessionList, MessageList, AddedMessages, TurnList, TurnTree),
-        *(Health, Root, Problem, Event),
+        *(Health, Root, Problem, Event, Tree),
         *(Response, ItemList, DeletedResponse, ErrorBody, EndErrorBody),
         *(ChatCompletion, Conversation, ConversationDeleted, ModelList),
     )

@@ -32,7 +32,7 @@ from service.api.openai import (
 )
 from service.api.openai import errors as openai_errors
 from service.api.openai import response as openai_response
-from service.api.operator import console, health
+from service.api.operator import console, health, tree_wire
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from service.failure_codes import FailureCode
@@ -40,11 +40,13 @@ from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
 WIRE = (
-    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems, health, console),
+    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems, health, console, tree_wire),
     *(openai_errors, failures, items, requests, openai_response, responses),
     *(chat_frames, chat_requests, conversation_wire, models),
 )
 """The modules with the types of bodies."""
+ENDLESS = ("stream_live_tree",)
+"""A stream that ends with the server."""
 
 
 def operations() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,6 +84,7 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "DELETE /v1/conversations/{conversation_id}/items/{item_name}",
         "POST /v1/responses", "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
         "POST /v1/responses/{response_id}/cancel", "GET /v1/responses/{response_id}/input_items",
+        "GET /admin/tree", "GET /admin/tree/events",
         "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
@@ -172,6 +175,7 @@ async def test_the_page_is_whole_without_anything_from_elsewhere() -> None:
 
 
 KEY = "a-key-of-sixteen-or-more"
+OPERATOR = {"name": "operator", "key": KEY, "may": ("administer", "talk")}
 CONVERSATIONS_FIRST = ("create_conversation", "create_conversation_items")
 CONVERSATIONS_LAST = ("delete_conversation_item", "delete_conversation")
 
@@ -207,8 +211,8 @@ async def test_the_page_allows_its_own_style_and_nothing_else() -> None:
     assert "style=" not in reply.body.decode()
 
 
-@pytest.mark.parametrize(("keys", "prefix"), [((), ""), ((KEY,), "/ai")])
-async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefix: str) -> None:
+@pytest.mark.parametrize(("keys", "prefix"), [((), ""), ((OPERATOR,), "/ai")])
+async def test_each_call_has_a_command_that_does_it(keys: tuple[object, ...], prefix: str) -> None:
     url = f"http://localhost:8000{prefix}"
     async with open_api(api_keys=keys, model_url="scripted:?tokens=3&rate=0&first_token_s=0") as api:
         page = (await api.call("GET", "/docs", scope={"root_path": prefix})).body.decode()
@@ -227,7 +231,7 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[str, ...], prefi
             *CONVERSATIONS_FIRST,
         )
         last = ("delete_message", "delete_turn", "delete_session", "delete_response", *CONVERSATIONS_LAST)
-        for id_ in (*first, *sorted(commands.keys() - {*first, *last}), *last):
+        for id_ in (*first, *sorted(commands.keys() - {*first, *last, *ENDLESS}), *last):
             parts = commands[id_]
             target = next(part for part in parts if part.startswith(url)).removeprefix(url)
             method = parts[parts.index("-X") + 1] if "-X" in parts else "GET"

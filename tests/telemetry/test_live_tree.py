@@ -1,0 +1,290 @@
+"""The live tree: what a look finds, what stays the same from look to look, and what looks cost."""
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from service.hosting.lifespan import GARBAGE_AFTER
+from service.steps import Steps, at_once, in_steps
+from service.telemetry import live_tree
+from service.telemetry.live_tree import KEPT_S, LiveTree, plain_name
+from service.telemetry.tree_nodes import Node, Notes
+from service.telemetry.tree_views import View
+from tests.longest_step import watching_steps
+
+
+def named(nodes: Sequence[Node], name: str) -> Node:
+    (node,) = [node for node in nodes if node.name == name]
+    return node
+
+
+def path_to(nodes: Sequence[Node], node: Node) -> list[str]:
+    by_id = {it.id: it for it in nodes}
+    path = []
+    while node.parent is not None:
+        node = by_id[node.parent]
+        path.append(node.name)
+    return path
+
+
+async def look(tree: LiveTree) -> Sequence[Node]:
+    return (await tree.look(max_age_s=-1)).nodes
+
+
+async def in_a_scope(seconds: float) -> None:
+    with trio.move_on_after(seconds):
+        await trio.sleep_forever()
+
+
+async def test_every_task_nursery_and_scope_is_there_after_its_parent() -> None:
+    tree = LiveTree()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_a_scope, 100, name="one that waits")
+        await wait_all_tasks_blocked()
+        nodes = await look(tree)
+        known = {nodes[0].id}
+        assert (nodes[0].parent, nodes[0].kind) == (None, "process")
+        for node in nodes[1:]:
+            assert node.parent in known
+            known.add(node.id)
+        assert len(known) == len(nodes)
+        task = named(nodes, "one that waits")
+        (scope,) = [node for node in nodes if node.parent == task.id]
+        assert (task.kind, scope.kind, scope.name) == ("task", "scope", "time limit")
+        assert scope.deadline == pytest.approx(100, abs=30)
+        (parent,) = [node for node in nodes if node.id == task.parent]
+        assert parent.kind == "nursery"
+        nursery.cancel_scope.cancel()
+        assert named(await look(tree), "one that waits").cancelled
+
+
+async def test_a_thing_keeps_its_id_and_its_place_and_an_id_is_never_used_again() -> None:
+    tree = LiveTree()
+    async with trio.open_nursery() as nursery:
+        for number in range(5):
+            nursery.start_soon(trio.sleep_forever, name=f"old {number}")
+        await wait_all_tasks_blocked()
+        first = await look(tree)
+        old = [node for node in first if node.name.startswith("old ")]
+        for number in range(5):
+            nursery.start_soon(trio.sleep_forever, name=f"new {number}")
+        await wait_all_tasks_blocked()
+        second = await look(tree)
+        both = [node for node in second if node.name.startswith(("old ", "new "))]
+        assert both[:5] == old, "those that were there first come first, as they were"
+        assert all(node in first for node in both[:5])
+        assert len({node.id for node in both}) == 10
+        nursery.cancel_scope.cancel()
+    ids = {node.id for node in second}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep_forever, name="later")
+        await wait_all_tasks_blocked()
+        assert named(await look(tree), "later").id not in ids
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_node_that_has_not_changed_is_the_same_object() -> None:
+    tree = LiveTree()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_a_scope, 100, name="quiet")
+        await wait_all_tasks_blocked()
+        first, second = await look(tree), await look(tree)
+        before = {node.id: node for node in first}
+        kept = [node for node in second if before.get(node.id) is node]
+        assert len(kept) >= len(second) - 1, "but for this test's own scopes"
+        nursery.cancel_scope.cancel()
+
+
+async def test_parts_of_the_service_name_scopes_and_what_is_inside_of_them_is_below() -> None:
+    tree = LiveTree()
+    scope, thing, states = trio.CancelScope(), object(), ["running"]
+
+    async def work() -> None:
+        with scope, trio.CancelScope(deadline=trio.current_time() + 50):
+            await trio.sleep_forever()
+
+    def source(notes: Notes) -> Steps[None]:
+        yield
+        notes.name(
+            scope, Node(parent=None, kind="turn", name="turn 1", state=states[-1]), end=partial(states.__getitem__, -1)
+        )
+        notes.add(thing, Node(parent=None, kind="model_connection", name="http://upstream"), below=task)
+
+    tree.add_source(source)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work, name="session s")
+        await wait_all_tasks_blocked()
+        (task,) = nursery.child_tasks
+        nodes = await look(tree)
+        turn = named(nodes, "turn 1")
+        assert (turn.kind, turn.state) == ("turn", "running")
+        assert path_to(nodes, turn)[0] == "session s"
+        assert path_to(nodes, named(nodes, "http://upstream"))[:2] == ["turn 1", "session s"]
+        (inner,) = [node for node in nodes if node.parent == turn.id and node.kind == "scope"]
+        assert inner.deadline is not None
+        states.append("cancelled")
+        nursery.cancel_scope.cancel()
+    await look(tree)
+    assert tree.ends == {turn.id: "cancelled"}
+
+
+async def test_the_task_of_a_turn_is_the_turn() -> None:
+    tree, scope = LiveTree(), trio.CancelScope()
+
+    async def work() -> None:
+        with scope, trio.CancelScope():
+            await trio.sleep_forever()
+
+    def source(notes: Notes) -> Steps[None]:
+        notes.name(scope, Node(parent=None, kind="turn", name="turn 1", seq=7))
+        yield
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work, name="turn 1")
+        await wait_all_tasks_blocked()
+        assert named(await look(tree), "turn 1").seq is None
+        tree.add_source(source)
+        nodes = await look(tree)
+        turn = named(nodes, "turn 1")
+        assert turn.seq == 7
+        assert [node.kind for node in nodes if node.parent == turn.id] == ["scope"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_viewers_share_a_look_and_a_look_that_is_given_up_spoils_nothing() -> None:
+    tree = LiveTree()
+    snapshots: list[int] = []
+
+    async def view() -> None:
+        snapshots.append((await tree.look(max_age_s=60)).number)
+
+    def slow(_notes: Notes) -> Steps[None]:
+        end = time.perf_counter() + 2 * live_tree.STEP_S
+        while time.perf_counter() < end:
+            yield
+        yield
+
+    tree.add_source(slow)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await view()
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(view)
+    assert len(set(snapshots)) == 1
+    assert len(snapshots) == 4
+
+
+async def test_without_looks_nothing_is_kept(autojump_clock: MockClock) -> None:
+    tree = LiveTree()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(tree.run)
+        snapshot = await tree.look(max_age_s=0)
+        await trio.sleep(KEPT_S * 0.9)
+        assert await tree.look(max_age_s=KEPT_S) is snapshot
+        tree.viewers[trio.lowlevel.current_task()] = 0
+        await trio.sleep(3 * KEPT_S)
+        assert tree._root is not None
+        tree.viewers.clear()
+        await trio.sleep(2 * KEPT_S)
+        assert tree._root is None
+        assert tree._last is None
+        nursery.cancel_scope.cancel()
+
+
+def test_names_of_functions_become_words() -> None:
+    assert plain_name("service.hosting.lifespan.Hosting._receive_something") == "receive something"
+    assert plain_name("service.hosting.hypercorn.unread_answers.UnreadAnswers.run") == "unread answers"
+    assert plain_name("trio._highlevel.serve.<locals>.one_client") == "one client"
+    assert plain_name("expiry loop") == "expiry loop"
+    assert plain_name("hypercorn.trio.run.worker_serve") == "HTTP server (hypercorn)"
+
+
+# Views
+
+
+def chain_and_leaves(leaves: int) -> list[Node]:
+    nodes = [Node(id="1", parent=None, kind="process", name="p"), Node(id="2", parent="1", kind="task", name="t")]
+    nodes += [Node(id=f"3{i:05}", parent="2", kind="task", name="leaf") for i in range(leaves)]
+    return [*nodes, Node(id="4", parent="1", kind="task", name="u"), Node(id="5", parent="4", kind="task", name="v")]
+
+
+def test_a_view_within_its_bound_has_the_nodes_near_the_root_and_counts_the_others() -> None:
+    nodes = chain_and_leaves(100)
+    shown = at_once(View(under=None, nodes_max=10).of(nodes))
+    assert shown is not None
+    assert len(shown) == 10
+    assert {"1", "2", "4"} <= {node.id for node in shown}
+    assert sum(node.left_out for node in shown) == len(nodes) - 10
+    assert at_once(View(under=None, nodes_max=200).of(nodes)) is nodes
+    ids = {node.id for node in shown}
+    assert all(node.parent is None or node.parent in ids for node in shown)
+    assert not any(node.left_out for node in nodes), "the snapshot's own nodes are as they were"
+
+
+def test_a_view_of_a_part_has_this_part() -> None:
+    nodes = chain_and_leaves(3)
+    shown = at_once(View(under="2", nodes_max=100).of(nodes))
+    assert shown is not None
+    assert [node.id for node in shown] == ["2", "300000", "300001", "300002"]
+    assert at_once(View(under="77", nodes_max=100).of(nodes)) is None
+
+
+def test_changes_have_the_fields_that_changed_and_the_ids_that_have_gone() -> None:
+    view = View(under=None, nodes_max=100)
+    one = Node(id="1", parent=None, kind="process", name="p")
+    turn = Node(id="2", parent="1", kind="turn", name="t", seq=0, cancelled=True, deadline=5.0, state="running")
+    first = at_once(view.changes([one, turn]))
+    assert (first.added, first.changed, first.removed) == ([one, turn], [], [])
+    assert at_once(view.changes([one, turn])).is_empty
+    later = Node(id="2", parent="1", kind="turn", name="t", seq=3, state="ending")
+    new = Node(id="3", parent="2", kind="scope", name="s")
+    second = at_once(view.changes([one, later, new]))
+    assert second.changed == [{"id": "2", "seq": 3, "cancelled": None, "deadline": None, "state": "ending"}]
+    assert second.added == [new]
+    third = at_once(view.changes([one]))
+    assert (third.added, third.changed, third.removed) == ([], [], ["2", "3"])
+
+
+# What it costs
+
+
+@contextmanager
+def collecting_as_the_server() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(GARBAGE_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@pytest.mark.serial
+async def test_a_look_at_five_thousand_tasks_takes_short_steps() -> None:
+    """The event loop is never held for longer than a few milliseconds; the figures are in docs/admin.md."""
+    tree, view = LiveTree(), View(under=None, nodes_max=20_000)
+
+    async def look_once(finished: trio.Event) -> None:
+        nodes = await in_steps(view.of((await tree.look(max_age_s=-1)).nodes))
+        assert nodes is not None
+        assert len(nodes) > 10_000
+        await in_steps(view.changes(nodes))
+        finished.set()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(5000):
+            nursery.start_soon(in_a_scope, 1000 + number)
+        await wait_all_tasks_blocked()
+        with collecting_as_the_server(), watching_steps() as longest:
+            for _ in range(3):
+                finished = trio.Event()
+                nursery.start_soon(look_once, finished)
+                await finished.wait()
+        assert longest.seconds < 0.005, longest.task_name
+        nursery.cancel_scope.cancel()
