@@ -422,7 +422,7 @@ class Settings(BaseModel):
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
     """`auto` is `console` on a terminal and `json`, one line for each event, elsewhere."""
     access_log: Annotated[Literal["off", "on"], BeforeValidator(_lowercase)] = "off"
-    """Whether each request has a line in the log. Bare hypercorn has its own `--access-logfile -` instead."""
+    """Whether each request has a line in the log."""
 
     store_url: Annotated[str, AfterValidator(checked_store_url), Field(repr=False)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file; `postgresql://user@host/database`; or `memory:`, gone with the
@@ -453,9 +453,9 @@ class Settings(BaseModel):
     own."""
     model_retries_max: Annotated[int, Field(ge=0, le=10), BeforeValidator(_number)] = 2
     """How often an upstream's fault before the first token is retried."""
-    upstream_words: Annotated[Literal["caller", "log"], BeforeValidator(_lowercase)] = "caller"
-    """Where an upstream's own error text goes: into the `error.message` of the failed turn (`caller`), or into the log
-    alone (`log`)."""
+    upstream_words: Annotated[Literal["caller", "log", "both"], BeforeValidator(_lowercase)] = "caller"
+    """Where an upstream's own error text goes, which may quote the conversation: into the `error.message` of the failed
+    turn (`caller`), into the log (`log`), or into both."""
     hosted_tools: Annotated[Literal["leave_out", "refuse"], BeforeValidator(_lowercase)] = "leave_out"
     """What becomes of a tool in a request under `/v1` that is no function, such as `web_search`: it is left out, and
     the answer names it (`leave_out`), or the request is refused (`refuse`)."""

@@ -217,6 +217,7 @@ async def _open_upstreams(
                 clock=clock,
                 poller=poller,
                 continuation=upstream.continuation,
+                logs_words=settings.upstream_words != "caller",
             )
         client = await clients.enter_async_context(
             shutdown.closing(opened, f"the model client {name or shown_url(url)}")

@@ -16,11 +16,11 @@ FORMATS: tuple[Format, ...] = ("json", "console")
 
 
 @contextmanager
-def kept_log(log_format: Format) -> Iterator[Callable[[], str]]:
+def kept_log(log_format: Format, **settings: Any) -> Iterator[Callable[[], str]]:
     """Configure the log until the block ends; gives a function that reads the log so far."""
     fd = os.memfd_create("log")
     level = logging.getLogger().level
-    log = configure_logging(Settings(log_format=log_format), fd=fd)
+    log = configure_logging(Settings(log_format=log_format, **settings), fd=fd)
     try:
         yield lambda: os.pread(fd, 1 << 20, 0).decode()
     finally:

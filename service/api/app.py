@@ -22,6 +22,7 @@ from service.api.http.app_state import (
     detach,
     held_bytes_of,
     no_content,
+    records_of,
     refusals_of,
     service_of,
     trusted_proxies_of,
@@ -38,6 +39,7 @@ from service.api.http.proxy_headers import proxy_header
 from service.api.http.query_params import check_query_length
 from service.api.http.request_body import BODY_BYTES_MAX, BoundedRequest
 from service.api.http.request_id import HEADER, name_request, request_id_of
+from service.api.http.request_record import record_of
 from service.api.http.request_resources import request_resources
 from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
@@ -87,13 +89,14 @@ class Application(QuartTrio):
             return
         with (
             log_context(request_id=name_request(scope)),
+            records_of(self).of(scope),
             request_resources(scope),
             counting_bytes(scope, held_bytes_of(self)),
         ):
             if (fault := fault_of(scope)) is not None:
                 path: str = scope["path"].removeprefix(root_path_of(scope))
                 respond = openai_error_response if is_path_of_openai(path) else problem_response
-                await refuse_target(scope, send, fault, respond=respond, note=partial(_note_refusal, self))
+                await refuse_target(scope, send, fault, respond=respond, note=partial(_note_bad_target, self, scope))
                 return
             take_prefix(scope)
             self._name_caller(scope)
@@ -249,6 +252,12 @@ def _note_refusal(app: Quart, refusal: Refusal, *, route: str | None = None) -> 
     refusals_of(app).note(refusal.problem.code, level="info" if is_expected else "warning", **fields)
 
 
+def _note_bad_target(app: Quart, scope: Any, refusal: Refusal) -> None:
+    if (record := record_of(scope)) is not None:
+        record.status, record.is_whole = refusal.problem.status, True
+    _note_refusal(app, refusal)
+
+
 def _refuse_query(handler: Callable[..., Any]) -> None:
     """Refuse query parameters for a call that takes none, instead of ignoring them."""
     if operation_of(handler).query is None:
@@ -259,6 +268,9 @@ def _refuse_query(handler: Callable[..., Any]) -> None:
 def _complete(response: TrioResponse, answered: Request) -> None:
     """Add the headers that each response has."""
     response.headers[HEADER] = request_id_of(cast("dict[str, Any]", answered.scope))
+    if (record := record_of(answered.scope)) is not None:
+        record.status = response.status_code
+        record.route = None if answered.url_rule is None else answered.url_rule.rule
     if is_from_peer():
         return  # the process that sent the request on adds the CORS headers
     if answered.path.startswith(ADMIN_PATHS):

@@ -11,7 +11,7 @@ from typing import Any
 
 from service.hosting.process.early_stop import end_on_stop_signals
 
-NAMES = ("worker_class", "bind", "certfile", "keyfile", "accesslog", "backlog")
+NAMES = ("worker_class", "bind", "certfile", "keyfile", "backlog")
 """The names that hypercorn copies into the configuration of its workers."""
 BACKLOG = 1024
 """Clients that may wait during a reload. The kernel drops further ones, and they try again a second later."""
@@ -37,7 +37,6 @@ def __getattr__(name: str) -> Any:
             bind=[settings.bind],
             certfile=settings.tls_certfile,
             keyfile=settings.tls_keyfile,
-            accesslog="-" if settings.access_log == "on" else None,
             backlog=BACKLOG,
         )
     return _configuration[name]

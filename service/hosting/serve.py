@@ -29,7 +29,6 @@ def serve(settings: Settings, *, workers: int = 0, overrides: Mapping[str, str] 
     config.worker_class = "trio"
     config.bind = [settings.bind]
     config.certfile, config.keyfile = settings.tls_certfile, settings.tls_keyfile
-    config.accesslog = "-" if settings.access_log == "on" else None
     config.workers = max(workers, 1)
     if workers:
         config.application_path = "service.asgi:app"

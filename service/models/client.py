@@ -6,8 +6,9 @@ an error, cancellation) closes the upstream connection before control returns, s
 paid for that no client will read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -149,6 +150,27 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 NO_OPTIONS = Options()
 
 
+class CallNotes:
+    """What a client notes of one call for logs and traces, and which fields it adds to the request that it sends.
+
+    Args:
+        fields: Fields of HTTP for the upstream beside the client's own: the context of a trace.
+
+    Attributes:
+        repeats: How often the upstream was asked again after a failure.
+    """
+
+    __slots__ = ("fields", "repeats")
+
+    def __init__(self, fields: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.fields = fields
+        self.repeats = 0
+
+    def note_repeat(self, failure: str) -> None:  # noqa: ARG002  for traces, which show the failures
+        """Note that the upstream is asked again, because it failed with this code."""
+        self.repeats += 1
+
+
 class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The request of a turn to a model.
 
@@ -161,6 +183,8 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``prefix`` is the text of the reply so far, if an earlier request for the same turn was cut off: the model goes on
     after it, and only what is new comes. Empty for a reply that begins; not empty only where
     :meth:`ModelClient.can_continue` says so.
+
+    ``notes`` takes what a client has to say of the call beside the reply.
     """
 
     model: str
@@ -170,6 +194,7 @@ class ModelRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: Tools = NO_TOOLS
     options: Options = NO_OPTIONS
     prefix: str = ""
+    notes: CallNotes | None = None
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,6 +84,7 @@ async def open_openai_compatible(
     clock: Clock = wall_clock,
     poller: ReadPoller | None = None,
     continuation: Form = "none",
+    logs_words: bool = False,
 ) -> AsyncIterator["OpenAICompatibleClient"]:
     """Open a client with one connection pool; leaving closes every connection, within a second.
 
@@ -99,6 +100,7 @@ async def open_openai_compatible(
         clock: The clock with which a ``Retry-After`` with a date is compared.
         poller: Waits for the replies of all turns, where they are relayed; None if each task waits by itself.
         continuation: How the server is asked to go on with a reply that was cut off.
+        logs_words: Whether the log may quote what the server sent: it may be a part of a conversation.
 
     Raises:
         SettingsError: The URL or the key cannot be used; the message shows neither password nor key.
@@ -112,6 +114,7 @@ async def open_openai_compatible(
         clock=clock,
         poller=poller,
         continuation=continuation,
+        logs_words=logs_words,
     )
     try:
         yield client
@@ -134,6 +137,7 @@ class OpenAICompatibleClient:
         clock: Clock,
         poller: ReadPoller | None = None,
         continuation: Form = "none",
+        logs_words: bool = False,
     ) -> None:
         url_setting, key_setting = (
             (f"upstreams.{name}.url", f"upstreams.{name}.api_key") if name else ("model_url", "model_api_key")
@@ -149,6 +153,7 @@ class OpenAICompatibleClient:
         self._secrets = [secret for secret in (api_key, auth and auth[1], *keys_in_query) if secret]
         self._clock = clock
         self._continuation = continuation
+        self._logs_words = logs_words
         self._dialects = KnownDialects()
         self._headers = {
             "Accept": "text/event-stream",
@@ -261,7 +266,8 @@ class OpenAICompatibleClient:
         )
 
     def _warn(self, model: str, sentence: str, start: str) -> None:
-        logger.warning(sentence, upstream=self._name, model=model, begins=start)
+        quoted = {"begins": start} if self._logs_words else {}
+        logger.warning(sentence, upstream=self._name, model=model, **quoted)
 
     def _redact(self, text: str) -> str:
         for secret in self._secrets:

@@ -81,7 +81,7 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
     A class, because a generator and an exit stack would stay in memory for the whole reply.
     """
 
-    __slots__ = ("_attempts", "_client", "_entered", "_request", "_spent")
+    __slots__ = ("_attempts", "_client", "_entered", "_failed_with", "_request", "_spent")
 
     def __init__(self, client: ModelClient, request: ModelRequest, *, attempts: int) -> None:
         self._client = client
@@ -89,6 +89,7 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
         self._attempts = attempts
         self._entered: AbstractAsyncContextManager[ModelStream] | None = None
         self._spent: Usage | None = None
+        self._failed_with = ""
 
     async def __aenter__(self) -> ModelStream:
         request, self._request = self._request, None  # a prompt may be large, and a reply long
@@ -110,6 +111,8 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
                 if failure is not None:
                     first, failure = failure, None
                     raise first
+                if request.notes is not None:
+                    request.notes.note_repeat(self._failed_with)
                 return await self._attempt(request)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -119,12 +122,14 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
             stream = await entered.__aenter__()
         except ModelError as error:
             error.usage = self._spent = total_usage(self._spent, error.usage)
+            self._failed_with = error.code
             raise
         try:
             first = await stream.receive()
         except BaseException as error:
             if isinstance(error, ModelError):
                 error.usage = self._spent = total_usage(self._spent, stream.usage)
+                self._failed_with = error.code
             await entered.__aexit__(type(error), error, error.__traceback__)  # noqa: ASYNC102  bounded inside
             raise
         self._entered = entered
@@ -179,10 +184,11 @@ def _wait_before_retry(error: Exception) -> bool | float:
 
 def _log_retry(details: RetryDetails) -> None:
     error = details.caused_by
+    assert isinstance(error, ModelError)
     logger.warning(
         "model call will be repeated",
-        code=error.code if isinstance(error, ModelError) else None,
-        error=str(error),
+        code=error.code,
+        error=error.message,
         retry=details.retry_num,
         wait_s=round(details.wait_for, 3),
     )

@@ -83,6 +83,7 @@ from service.storage.records import (
 from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of, with_added
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
+from service.telemetry.log_context import add_to_log_context
 from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall.sessions")
@@ -577,17 +578,19 @@ class Sessions:
             return turn, turn.watch()
 
         try:
-            return await self._keyed_calls.once(
+            turn, watch = await self._keyed_calls.once(
                 new.key,
                 start,
                 take_share=lambda started: (started[0], started[0].watch()),
                 give_back=lambda started: started[1].release(),
             )
         except RepeatedError as error:
-            turn = self._find_turn(error.session_id, error.turn_id or "")
-            if turn is None or self.deletions.is_under_way(error.session_id):
+            found = self._find_turn(error.session_id, error.turn_id or "")
+            if found is None or self.deletions.is_under_way(error.session_id):
                 raise
-            return turn, turn.watch()
+            turn, watch = found, found.watch()
+        add_to_log_context(session_id=turn.session_id, turn_id=turn.id)  # of the caller's lines from now on
+        return turn, watch
 
     async def check_key(self, key: IdempotencyKey) -> None:
         """Check that no earlier call with a key has made anything.

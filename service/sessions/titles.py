@@ -111,7 +111,9 @@ class Titles:
         except SessionNotFoundError:
             pass
         except LastcallError as error:
-            logger.warning("no title was written", session_id=session_id, error=str(error))
+            # The words of the model's server may quote the conversation.
+            told = error.message if isinstance(error, ModelError) else str(error)
+            logger.warning("no title was written", session_id=session_id, error=told)
         except Exception:
             logger.exception("the title of a session crashed", session_id=session_id)
         finally:

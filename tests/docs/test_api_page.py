@@ -23,6 +23,7 @@ from tests.docs import blocks
 from tests.docs.api_page import KEY, LANGUAGES, PAGE, Example, Section, run_examples, sections_of
 from tests.docs.shown_answers import LEFT_OUT, agrees, printed_values, refreshed, rendered, shown_values
 from tests.docs.test_shell_blocks import environ
+from tests.kept_log import lines_of
 
 CAP_S = 20
 """Bound of the server's stop; not a promise of the server."""
@@ -30,8 +31,6 @@ Call = tuple[str, str]
 """A method and a path with its parameters' names."""
 COMMON = re.compile(r"(?<=<!-- errors -->\n).*?(?=<!-- /errors -->)", re.DOTALL)
 OWN = re.compile(r"(?m)^Errors: .*$")
-ANSWERED = re.compile(r'"(?P<method>[A-Z]+) (?P<path>/[^ ?]*)\S* ')
-"""A request in hypercorn's access log."""
 
 
 def native_calls() -> dict[Call, dict[str, Any]]:
@@ -164,14 +163,8 @@ async def run_page(language: str, folder: Path) -> tuple[list[str], str]:
 
 def calls_in(log: str) -> set[Call]:
     """The calls that a server has answered."""
-    patterns = {call: re.compile(re.sub(r"\{\w+\}", "[^/]+", call[1])) for call in native_calls()}
-    asked = {(found["method"], found["path"]) for found in ANSWERED.finditer(log.replace('\\"', '"'))}
-    return {
-        call
-        for call, path in patterns.items()
-        for method, target in asked
-        if call[0] == method and path.fullmatch(target)
-    }
+    asked = [line for line in lines_of(log, "request") if line["route"] is not None]
+    return native_calls().keys() & {(line["method"], re.sub(r"<(\w+)>", r"{\1}", line["route"])) for line in asked}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -53,7 +53,7 @@ async def test_a_request_is_followed_through_workers_and_every_line_names_its_pr
     for request_id in ("asks", "asks-again"):
         of_one = [line for line in lines if line.get("request_id") == request_id]
         assert of_one[0]["message"] == "asking the owner"
-        access = [line for line in of_one if line["logger"] == "hypercorn.access"]
+        access = [line for line in of_one if line["logger"] == "lastcall.access"]
         assert len({line["pid"] for line in access}) == len(access) == 2, "of the worker that it reached, and the owner"
     counts = [line["count"] for line in lines if line["message"] == "requests refused"]
     assert sum(counts) == 2, "each is counted once, by the owner"

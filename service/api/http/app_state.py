@@ -9,6 +9,7 @@ from service.api.http.caller_address import TrustedProxies
 from service.api.http.held_bytes import HeldBytes, hold_answer
 from service.api.http.locations import located
 from service.api.http.problems import NotReadyError
+from service.api.http.request_record import RequestRecords
 from service.supervisor import Service
 from service.telemetry.refusal_log import RefusalLog
 
@@ -19,6 +20,8 @@ _ACCESS = "lastcall.access"
 _TRUSTED_PROXIES = "lastcall.trusted_proxies"
 _REFUSALS = "lastcall.refusals"
 _HELD_BYTES = "lastcall.held_bytes"
+_RECORDS = "lastcall.records"
+_NO_RECORDS = RequestRecords(access_log=False)
 
 
 def attach(app: Quart, service: Service) -> None:
@@ -29,6 +32,7 @@ def attach(app: Quart, service: Service) -> None:
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
     app.extensions[_REFUSALS] = service.refusals
     app.extensions[_HELD_BYTES] = HeldBytes(bytes_max=service.settings.held_bytes_max)
+    app.extensions[_RECORDS] = RequestRecords(access_log=service.settings.access_log == "on")
     app.extensions[_SERVICE] = service
 
 
@@ -62,6 +66,12 @@ def held_bytes_of(app: Quart) -> HeldBytes:
     """The bytes that the requests of an application hold; without a bound before a service is attached."""
     held: HeldBytes = app.extensions.get(_HELD_BYTES, HeldBytes())
     return held
+
+
+def records_of(app: Quart) -> RequestRecords:
+    """What records the requests of an application; nothing before a service is attached."""
+    records: RequestRecords = app.extensions.get(_RECORDS, _NO_RECORDS)
+    return records
 
 
 def service_of(app: Quart) -> Service | None:

@@ -17,10 +17,12 @@ from typing import cast
 
 from quart import Request, request
 
+from service.api.http.request_record import record_of
 from service.api_keys import PLAIN, Caller
 from service.errors import InvalidRequestError, RefusedError
-from service.ids import is_owner_name, scoped
+from service.ids import is_owner_name, is_scoped_id, is_turn_id, scoped
 from service.settings import Permission
+from service.telemetry.log_context import add_to_log_context
 
 OWNER = "Lastcall-Owner"
 """Header with the owner for whom the caller acts; empty for sessions without an owner."""
@@ -60,9 +62,18 @@ def admit(admitted: Request, caller: Caller, *, needed: Permission | None = None
     scope = cast("dict[str, object]", admitted.scope)
     owner = _owner_in(admitted, caller)
     scope[_CALLER] = caller
+    if (record := record_of(scope)) is not None:
+        record.caller = caller
     scope[_OWNER] = caller.name if owner is None else owner
     if admitted.view_args and "session_id" in admitted.view_args:
         admitted.view_args["session_id"] = scoped(current_owner(), admitted.view_args["session_id"])
+        _name_work(admitted.view_args["session_id"], admitted.view_args.get("turn_id"))
+
+
+def _name_work(session_id: str, turn_id: str | None) -> None:
+    """Have the lines of the request name the session and the turn of its path, if these are ids."""
+    if is_scoped_id(session_id):
+        add_to_log_context(session_id=session_id, turn_id=turn_id if turn_id and is_turn_id(turn_id) else None)
 
 
 def _owner_in(admitted: Request, caller: Caller) -> str | None:

@@ -1,7 +1,7 @@
 """The body of an event stream: reads an event log from a seq on."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -18,6 +18,7 @@ from service.api.http.face_frames import BEGINNING, Face, FaceEncoder, Place, en
 from service.api.http.held_bytes import bytes_of
 from service.api.http.long_frames import LongFrames
 from service.api.http.query_params import read_query
+from service.api.http.request_record import record_of
 from service.api.http.request_resources import release_after_request
 from service.api.http.strict_json import shown
 from service.api.http.wire_types import SEQ_PATTERN, Query
@@ -215,6 +216,7 @@ class EventStream(ResponseBody):
     def _end_early(self) -> bytes:
         """The last frame of a stream that was cut. It ends here if there is no such frame in its face."""
         self._is_cut = True
+        self._note_end("cut")
         if self._cut:
             return LastPiece(self._cut)
         self._slot.close()
@@ -258,7 +260,14 @@ class EventStream(ResponseBody):
         self._caught_up = self._seq == self._log.last_seq
         self._taken_at = trio.current_time()
         self._ended = self._log.closed and self._caught_up
-        return self._moved if self._ended and self._log.is_moved else b""
+        if self._ended and self._log.is_moved:
+            self._note_end("moved")
+            return self._moved
+        return b""
+
+    def _note_end(self, end: Literal["cut", "moved"]) -> None:
+        if (record := record_of(self._scope)) is not None:
+            record.stream_end = end
 
     def close_long(self) -> None:
         """Hold no long frames any more: they were read, or the request is over. Idempotent."""

@@ -28,6 +28,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.http.event_stream import PIECE_WRITER, LastPiece, is_event_stream
 from service.api.http.request_body import BoundedBody, drop_body
+from service.api.http.request_record import CountedPieces, RequestRecord, record_of
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
@@ -79,11 +80,13 @@ class AsgiRequest(TrioASGIHTTPConnection):
 
     _request: Request | None = None
     _answer: Answer | None = None
+    _record: RequestRecord | None = None
     _is_complete = False
     _is_on_http1 = False
 
     async def __call__(self, receive: Any, send: Any) -> None:
         request = self._request = self._create_request_from_scope(send)
+        self._record = record_of(self.scope)
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)
         if requests is not None:
             requests[request] = trio.lowlevel.current_task()
@@ -92,7 +95,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
                 await self._answer_directly(request, receive, send)
             else:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self.handle_messages, nursery, request, receive)
+                    nursery.start_soon(self.handle_messages, nursery, request, partial(self._receive, receive))
                     await self.handle_request(nursery, request, partial(self._send_shielding_the_last, send))
         finally:
             cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)  # a circle: the exchange holds the scope
@@ -113,11 +116,22 @@ class AsgiRequest(TrioASGIHTTPConnection):
                 if not message.get("more_body", False):
                     body.set_complete()
             elif not self._is_complete:
+                self._note_left()
                 scope.cancel()
 
         with scope:
             receive_queue.deliver_to(take)
             await self.handle_request(cast("trio.Nursery", _NO_NURSERY), request, partial(self._send, send))
+
+    async def _receive(self, receive: Any) -> Any:
+        message = await receive()
+        if message["type"] != "http.request" and not self._is_complete:
+            self._note_left()
+        return message
+
+    def _note_left(self) -> None:
+        if self._record is not None:
+            self._record.has_left = True
 
     async def _send_response(self, send: Any, response: Any) -> None:
         """Send a response as Quart does, but on HTTP/1.1 one whose body is known in two messages and not in three.
@@ -164,7 +178,8 @@ class AsgiRequest(TrioASGIHTTPConnection):
         exchange = getattr(send, "__self__", None)
         chunks = exchange.chunks if isinstance(exchange, Http1Exchange) else None
         if chunks is not None and chunks.writes_now:
-            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = chunks
+            writer = chunks if self._record is None else CountedPieces(chunks, self._record)
+            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = writer
 
     def _drop_body(self) -> None:
         """Hold no body while the answer is sent: the handler is over, so the request is not sent to a peer again."""
@@ -186,10 +201,13 @@ class AsgiRequest(TrioASGIHTTPConnection):
         self._is_complete = _is_last(message)
         if self._answer is None:
             await send(_body_message(message["body"], ends=self._is_complete))
-            return
-        for piece, ends in _pieces(message["body"], ends=self._is_complete):
-            with self._answer.waiting(len(piece)):
-                await send(_body_message(piece, ends=ends))
+        else:
+            for piece, ends in _pieces(message["body"], ends=self._is_complete):
+                with self._answer.waiting(len(piece)):
+                    await send(_body_message(piece, ends=ends))
+        if self._record is not None:
+            self._record.bytes += len(message["body"])
+            self._record.is_whole = self._is_complete
 
     def _closes(self) -> bool:
         requests: OpenRequests | None = self.app.extensions.get(_REQUESTS)

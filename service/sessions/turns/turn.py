@@ -60,6 +60,11 @@ class Turn:
             ``record``. A turn that runs goes on after the last of them.
     """
 
+    attempts = 0
+    """How often the model's server was asked, repetitions included."""
+    error_for_log: str | None = None
+    """Why the turn failed, without words of the model's server; None if it has not, or in the words of its end."""
+
     def __init__(
         self,
         record: TurnRecord,
@@ -337,6 +342,11 @@ class Turn:
     def text_length(self) -> int:
         """The code points of the reply so far."""
         return self._reply.length
+
+    @property
+    def text_bytes(self) -> int:
+        """The size of the reply so far that counts against ``reply_bytes_max``."""
+        return self._reply.bytes
 
     @property
     def calls(self) -> int:

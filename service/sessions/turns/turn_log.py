@@ -24,7 +24,7 @@ def log_end(turn: Turn) -> None:
     """Write the line of a turn that has ended: what it was, how it ended, how long it took and how much it said.
 
     Seconds count from the acceptance. A turn that failed, or whose end is not in the store, is a warning. Nothing that
-    the user or the model said is in the line.
+    the user, the model or the model's server said is in the line.
     """
     now = trio.current_time()
     log = logger.info if turn.stored and not isinstance(turn.end, outcome.Failed) else logger.warning
@@ -33,14 +33,16 @@ def log_end(turn: Turn) -> None:
         **_ids(turn),
         model=turn.model,
         outcome=turn.state,
-        **_ending(turn.end),
+        **_ending(turn),
         **_tokens(turn.usage),
         **({} if turn.stored else {"stored": False}),
         **({"queued_s": _seconds(turn, turn.started_at)} if turn.was_queued else {}),
         first_token_s=_seconds(turn, turn.first_token_at),
         total_s=_seconds(turn, now),
+        attempts=turn.attempts,
         events=turn.log.last_seq,
         text_length=turn.text_length,
+        text_bytes=turn.text_bytes,
         **({"calls": turn.calls} if turn.calls else {}),
     )
 
@@ -71,12 +73,22 @@ def _tokens(usage: Usage | None) -> dict[str, int]:
     return {} if usage is None else {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
 
 
-def _ending(end: outcome.Outcome | outcome.Suspended | None) -> dict[str, Any]:
+def code_of(end: outcome.Outcome | outcome.Suspended | None) -> str | None:
+    """Why a turn has ended so: the finish reason, the failure's code, or the reason of another end."""
     match end:
         case outcome.Completed(finish_reason):
-            return {"code": finish_reason}
-        case outcome.Failed(Failure(code, message)):
-            return {"code": code, "error": message}
+            return finish_reason
+        case outcome.Failed(Failure(code)):
+            return code
         case outcome.Cancelled(reason) | outcome.Interrupted(reason):
-            return {"code": reason}
-    return {}
+            return reason
+    return None
+
+
+def _ending(turn: Turn) -> dict[str, Any]:
+    code = code_of(turn.end)
+    if code is None:
+        return {}
+    if isinstance(turn.end, outcome.Failed):
+        return {"code": code, "error": turn.error_for_log or turn.end.error.message}
+    return {"code": code}

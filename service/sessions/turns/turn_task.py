@@ -14,7 +14,7 @@ import trio
 from service.clock import Clock
 from service.errors import ModelError, SessionNotFoundError, StoreError, TurnNotFoundError
 from service.freezes import extended_when_late
-from service.models.client import NO_TOOLS, ModelEvent, ModelRequest
+from service.models.client import NO_TOOLS, CallNotes, ModelEvent, ModelRequest
 from service.sessions.events import outcome
 from service.sessions.turns.prompt import NOTHING, Prompt, has_outputs, has_question, prompt_of, shortened
 from service.sessions.turns.turn import Turn
@@ -312,8 +312,9 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
         turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
         return turn.end is None
 
+    notes = CallNotes()
     try:
-        async with turn.client.stream(_request(turn, asked)) as stream:
+        async with turn.client.stream(_request(turn, asked, notes)) as stream:
             turn.note_stream(stream)
             try:
                 if turn.end is None:
@@ -327,10 +328,12 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
         if not _is_too_long(turn, error):
             raise
         return error
+    finally:
+        turn.attempts += 1 + notes.repeats
     return None
 
 
-def _request(turn: Turn, asked: _Asked) -> ModelRequest:
+def _request(turn: Turn, asked: _Asked, notes: CallNotes) -> ModelRequest:
     assert asked.prompt is not None
     turn.note_prompt(asked.prompt.left_out)
     record = turn.record()
@@ -342,6 +345,7 @@ def _request(turn: Turn, asked: _Asked) -> ModelRequest:
         tools=record.tools or NO_TOOLS,
         options=record.options,
         prefix=asked.prefix,
+        notes=notes,
     )
 
 
@@ -364,13 +368,14 @@ def _decide_failed(turn: Turn, error: Exception, settings: Settings) -> None:
 
 
 def _decide_upstream_failed(turn: Turn, error: ModelError, settings: Settings) -> None:
-    """Decide that the upstream failed. The log gets the upstream's words where the settings keep them from callers."""
-    callers_get_words = settings.upstream_words == "caller"
-    message = str(error) if callers_get_words else error.message
-    decided = turn.decide(outcome.failed(error.code, message, param=error.parameter))
-    if decided and error.upstream_words and not callers_get_words:
+    """Decide that the upstream failed. The log gets the upstream's words only where the settings say so."""
+    message = error.message if settings.upstream_words == "log" else str(error)
+    if not turn.decide(outcome.failed(error.code, message, param=error.parameter)):
+        return
+    turn.error_for_log = error.message
+    if error.upstream_words and settings.upstream_words != "caller":
         logger.warning(
-            "upstream's words were kept from the caller",
+            "the upstream's own words",
             session_id=turn.session_id,
             turn_id=turn.id,
             code=error.code,

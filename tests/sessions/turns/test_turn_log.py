@@ -70,8 +70,10 @@ async def test_a_turn_that_completes_has_one_line_with_its_ids_times_and_counts(
         "output_tokens": 2,
         "first_token_s": 2.0,
         "total_s": 3.0,
+        "attempts": 1,
         "events": 4,
         "text_length": len(SECRET) + 1,
+        "text_bytes": len(SECRET) + 1,
     }
 
 
@@ -141,9 +143,11 @@ async def test_a_retry_names_its_own_session_turn_request_and_upstream(autojump_
             for turn in started:
                 await turn.wait_ended()
         lines = lines_of(read(), "model call will be repeated")
+        attempts = [line["attempts"] for line in ends_in(read())]
     assert [(it["session_id"], it["turn_id"], it["request_id"], it["upstream"]) for it in lines] == [
         ("s", turn.id, f"req_{number}", "puppet") for number, turn in enumerate(started)
     ]
+    assert attempts == [2] * turns
 
 
 async def test_a_session_that_crashes_names_itself_and_no_request(

@@ -202,7 +202,11 @@ WORDS = "It says: org-4711 has no credit"
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(
     ("setting", "told", "logged"),
-    [("caller", f"The model server failed. {WORDS}", []), ("log", "The model server failed.", [WORDS])],
+    [
+        ("caller", f"The model server failed. {WORDS}", []),
+        ("log", "The model server failed.", [WORDS]),
+        ("both", f"The model server failed. {WORDS}", [WORDS]),
+    ],
 )
 async def test_an_upstream_s_words_go_where_the_setting_says(
     autojump_clock: MockClock, setting: str, told: str, logged: list[str], begun: bool
@@ -220,6 +224,8 @@ async def test_an_upstream_s_words_go_where_the_setting_says(
             (failed,) = [it for it in await read_all(turn.log) if isinstance(it, TurnFailed)]
             stored = await stage.sessions.get_turn(session.id, turn.id)
     assert failed.error == stored.error == Failure("upstream_error", told)
+    (ended,) = [entry for entry in entries if entry["event"] == "turn ended"]
+    assert ended["error"] == "The model server failed."
     warnings = [entry for entry in entries if "upstream_words" in entry]
     assert [entry["upstream_words"] for entry in warnings] == logged
     assert all(
