@@ -3,4 +3,7 @@
 // A view is a module with `mount(root, context)`, which shows it in the empty element `root`. It ends with
 // `context.signal`: give the signal to listeners and calls, and nothing is left.
 
-export const VIEWS = [{ id: "chat", title: "Chat", load: () => import("./chat.js") }];
+export const VIEWS = [
+  { id: "chat", title: "Chat", load: () => import("./chat.js") },
+  { id: "tree", title: "Tree", load: () => import("./tree.js") },
+];

@@ -1,0 +1,104 @@
+// What the console computes without a page: the tree's rows. Run by test_pure_modules.py.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+const CONSOLE = "../../service/console";
+const { TreeModel } = await import(`${CONSOLE}/tree_model.js`);
+
+// The tree
+
+const node = (id, parent, kind = "task", fields = {}) => ({ id, parent, kind, name: `${kind} ${id}`, ...fields });
+const nodes = () => [
+  node("1", null, "process"),
+  node("2", "1", "nursery"),
+  node("3", "2", "session"),
+  node("4", "3", "turn", { deadline: 9 }),
+  node("5", "2", "session"),
+  node("6", "5", "turn"),
+];
+const seen = (model) => model.rows().map(({ node: { id }, level }) => `${" ".repeat(level - 1)}${id}`);
+
+test("rows stand below their owners, with their places among their siblings", () => {
+  const model = new TreeModel();
+  model.replace(nodes());
+  assert.deepEqual(seen(model), ["1", " 2", "  3", "   4", "  5", "   6"]);
+  const last = model.rows()[4];
+  assert.deepEqual([last.place, last.siblings, last.isOpen], [2, 2, true]);
+  assert.deepEqual(model.rows()[3].lines, [false, false, true]);
+});
+
+test("nodes without rows of their own hand their children to their owners", () => {
+  const model = new TreeModel({ isShown: ({ kind }) => kind !== "nursery" });
+  model.replace(nodes());
+  assert.deepEqual(seen(model), ["1", " 3", "  4", " 5", "  6"]);
+  assert.equal(model.owner(model.nodes.get("3")).id, "1");
+});
+
+test("a change takes nodes away, adds them at the end and changes their fields", () => {
+  const model = new TreeModel();
+  model.replace(nodes(), 1);
+  const { added, removed } = model.change(
+    {
+      removed: ["3", "4", "unknown"],
+      added: [node("7", "2", "session"), node("8", "7", "turn"), node("9", "gone", "turn")],
+      changed: [{ id: "6", deadline: 7, state: "ending" }, { id: "5", name: "session renamed" }, { id: "4", seq: 1 }],
+    },
+    3,
+  );
+  assert.deepEqual(seen(model), ["1", " 2", "  5", "   6", "  7", "   8"]);
+  assert.deepEqual(removed.map(({ id }) => id), ["3", "4"]);
+  assert.deepEqual(added.map(({ id }) => id), ["7", "8"]);
+  const turn = model.nodes.get("6");
+  assert.deepEqual([turn.data.deadline, turn.deadlineSetAt, turn.data.state], [7, 3, "ending"]);
+  assert.equal(model.nodes.get("5").name, "session renamed");
+  model.change({ changed: [{ id: "6", deadline: null }] }, 4);
+  assert.equal("deadline" in turn.data, false);
+});
+
+test("a snapshot keeps what a person has closed, and tells what came and went", () => {
+  const model = new TreeModel();
+  model.replace(nodes(), 1);
+  model.setOpen(model.nodes.get("3"), false);
+  const { added, removed } = model.replace([...nodes().slice(0, 4), node("7", "1")], 2);
+  assert.deepEqual(seen(model), ["1", " 2", "  3", " 7"]);
+  assert.deepEqual([added.map(({ id }) => id), removed.map(({ id }) => id)], [["7"], ["5", "6"]]);
+  assert.equal(model.nodes.get("4").deadlineSetAt, 1, "a deadline that is the same was not set anew");
+});
+
+test("a filter shows matches with their owners and with all that is below them", () => {
+  const model = new TreeModel();
+  model.replace(nodes());
+  model.setOpen(model.nodes.get("2"), false);
+  model.filter = "SESSION 5";
+  assert.deepEqual(seen(model), ["1", " 2", "  5", "   6"]);
+  const match = model.rows()[2];
+  assert.deepEqual([match.isMatch, match.place, match.siblings], [true, 1, 1]);
+  model.filter = "nothing like it";
+  assert.deepEqual(seen(model), []);
+});
+
+test("one branch can be shown alone, and none if its node is away", () => {
+  const model = new TreeModel();
+  model.replace(nodes());
+  model.branch = "5";
+  assert.deepEqual(seen(model), ["5", " 6"]);
+  model.branch = "gone";
+  assert.deepEqual(seen(model), []);
+});
+
+test("nodes are counted by kind, and below each node", () => {
+  const model = new TreeModel();
+  model.replace(nodes());
+  assert.deepEqual(Object.fromEntries(model.count()), { process: 1, nursery: 1, session: 2, turn: 2 });
+  assert.deepEqual([model.nodes.get("1").size, model.nodes.get("5").size], [5, 1]);
+});
+
+test("5 000 tasks of one nursery come and go", () => {
+  const model = new TreeModel();
+  const many = Array.from({ length: 5000 }, (_, index) => node(String(10 + index), "2"));
+  model.replace([...nodes(), ...many]);
+  assert.equal(model.rows().length, 5006);
+  model.change({ removed: many.map(({ id }) => id) });
+  assert.equal(model.rows().length, 6);
+});
