@@ -255,15 +255,16 @@ class TurnEndingError(RefusedError):
 
 
 class TurnMovedError(RefusedError):
-    """The call waits for a turn that this process has left, because it stops: the turn goes on in another process."""
+    """The call waits for a turn that has left this process, which stops or was taken for dead."""
 
     code = "turn_moved"
     retry_after_s = 1
 
     def __init__(self, *, session_id: str, turn_id: str) -> None:
         super().__init__(
-            f"Turn {turn_id!r} goes on in another process, because this one stops. The turn was accepted: do not "
-            "repeat this call without its Idempotency-Key, ask for the turn at its URL (Location)."
+            f"Turn {turn_id!r} has left this process, which stops or was taken for dead: the turn goes on in another "
+            "process, or has its end there. It was accepted: do not repeat this call without its Idempotency-Key, ask "
+            "for the turn at its URL (Location)."
         )
         self.session_id = session_id
         self.turn_id = turn_id

@@ -98,6 +98,7 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
         turns_finished: Turns that were completed, failed or cancelled.
         turns_interrupted: Turns that the shutdown ended, queued turns too.
         turns_suspended: Turns that the shutdown left to another process, or to the next start (``on_interrupt``).
+        turns_lost: Turns that another process took over, because it took this one for dead.
         streams_ended: Event streams that were sent to their end.
         streams_aborted: Event streams whose client was gone or did not read.
         connections_aborted: Connections that were closed by force.
@@ -111,6 +112,7 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
     turns_finished: int
     turns_interrupted: int
     turns_suspended: int
+    turns_lost: int
     streams_ended: int
     streams_aborted: int
     connections_aborted: int
@@ -311,6 +313,7 @@ class Shutdown(StopState):
             turns_finished=_finished(after) - _finished(before),
             turns_interrupted=after.turns_interrupted - before.turns_interrupted,
             turns_suspended=after.turns_suspended - before.turns_suspended,
+            turns_lost=after.turns_lost - before.turns_lost,
             streams_ended=after.streams_ended - before.streams_ended,
             streams_aborted=after.streams_aborted - before.streams_aborted,
             connections_aborted=self._connections_aborted,

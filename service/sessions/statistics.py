@@ -25,6 +25,7 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
     turns_cancelled: int
     turns_interrupted: int
     turns_suspended: int
+    turns_lost: int
     ends_not_stored: int
     turns_crashed: int
     callers_waiting: int
@@ -47,6 +48,7 @@ class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
             turns_cancelled=active.ends["cancelled"],
             turns_interrupted=active.ends["interrupted"],
             turns_suspended=active.turns_suspended,
+            turns_lost=active.turns_lost,
             ends_not_stored=pending_writes.turns,
             turns_crashed=active.turns_crashed,
             callers_waiting=callers_waiting,

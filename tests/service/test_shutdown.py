@@ -147,6 +147,7 @@ async def test_without_a_turn_nothing_is_waited_for(autojump_clock: MockClock, s
         turns_finished=0,
         turns_interrupted=0,
         turns_suspended=0,
+        turns_lost=0,
         streams_ended=0,
         streams_aborted=0,
         connections_aborted=0,

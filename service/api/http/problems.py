@@ -164,8 +164,9 @@ ADVICE: Mapping[str, str] = {
     "turn_ending": "the turn is ending, and its end takes long: repeat the call after `Retry-After`, or ask for the "
     "turn at `Location`",
     "turn_limit": "`live_turns_max` turns are open: try again after `Retry-After`",
-    "turn_moved": "the server stops, and the turn goes on in another process or after the next start: ask for the turn "
-    "at `Location`, with `?wait=60`, after `Retry-After`; do not repeat the call without an `Idempotency-Key`",
+    "turn_moved": "the process stops, or was taken for dead, and the turn goes on in another one or after the next "
+    "start: ask for the turn at `Location`, with `?wait=60`, after `Retry-After`; do not repeat the call without an "
+    "`Idempotency-Key`",
 }
 """Advice to the reader for each code of a problem: a text without a full stop, with code in backticks."""
 

@@ -387,8 +387,8 @@ def _hangs(accepted_as: str | None) -> LastcallError:
 
 def _unknown_outcome(what: str) -> StoreError:
     return StoreError(
-        f"The process that runs this session's turns {what}; the list of the session's turns shows whether it accepted "
-        "the request.",
+        f"The process that runs this session's turns {what}, and may have done what the request asks for. With its "
+        "Idempotency-Key the request may be repeated; without one look first at what the session has.",
         retry_after_s=None,
     )
 

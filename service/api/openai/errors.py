@@ -288,8 +288,8 @@ def _shown(error: Exception) -> _Shown:  # noqa: C901, PLR0911, PLR0912  a table
             )
         case TurnMovedError(turn_id=turn_id):
             return _Shown(
-                message=f"Response {response_id(turn_id)!r} goes on in another process, because this one stops: repeat "
-                "this call, or get the response at its URL (Location)."
+                message=f"Response {response_id(turn_id)!r} has left this process, which stops or was taken for dead: "
+                "repeat this call, or get the response at its URL (Location)."
             )
         case MadeIsGoneError():
             return _Shown(

@@ -19,6 +19,7 @@ class ActiveSessions:
     Attributes:
         ends: How many turns have ended, by their last state.
         turns_suspended: How many turns have left this process without an end: they go on elsewhere.
+        turns_lost: How many turns were left because another process has taken them over.
         turns_crashed: How many turns a fault of this service has ended.
         turns_arriving: How many turns are being accepted, those among them whose callers wait for other callers.
     """
@@ -26,6 +27,7 @@ class ActiveSessions:
     def __init__(self) -> None:
         self.ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
         self.turns_suspended = 0
+        self.turns_lost = 0
         self.turns_crashed = 0
         self._sessions: dict[str, ActiveSession] = {}
         self.turns_arriving = 0
@@ -112,7 +114,11 @@ class ActiveSessions:
 
     def note_ended(self, turn: Turn) -> None:
         """Count a turn that has left its session."""
-        if turn.is_suspended:
+        if turn.is_suspended and turn.is_lost:
+            self.turns_lost += 1
+        elif turn.untold is not None:
+            self.ends[turn.untold.state] += 1
+        elif turn.is_suspended:
             self.turns_suspended += 1
         else:
             self.ends[turn.state] += 1
