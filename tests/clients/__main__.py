@@ -358,6 +358,24 @@ async def openai_npm_and_cut_replies(around: Surroundings) -> str:
     return await cuts(lambda *them: [NODE, str(around.node / "openai_cuts.mjs"), *them], NPM_ENDS, streams=2)
 
 
+async def openai_npm_over_restarts_in_mid_stream(around: Surroundings) -> str:
+    """Responses in the background go on after a stop, for a client that streams and for one that polls."""
+    tokens = 40
+    text = "".join(f"{number} " for number in range(tokens))
+    settings = {
+        "model_url": f"scripted:?tokens={tokens}&rate=10&first_token_s=0",
+        "on_interrupt": "continue",
+        "drain_timeout_s": 0,
+    }
+
+    def command(url: str) -> list[str]:
+        return [NODE, str(around.node / "openai_handover.mjs"), url, text]
+
+    seen, stops = await talk_through_restarts(command, **settings)
+    check(stops == 3, f"there were {stops} restarts")
+    return f"{'; '.join(seen['seen'])}; {stops} restarts in mid-stream"
+
+
 async def openai_agents_through_responses(around: Surroundings) -> str:
     return await turns_of(around.openai_agents, "responses")
 
@@ -412,6 +430,7 @@ CHECKS: Checks = (
     haproxy_probe,
     openai_npm,
     openai_npm_and_cut_replies,
+    openai_npm_over_restarts_in_mid_stream,
     openai_agents_through_responses,
     openai_agents_through_chat_completions,
     openai_agents_and_cut_replies,

@@ -80,7 +80,7 @@ LIBRARIES = NodePackages(
     HERE,
     (
         *("libraries.mjs", "express_proxy.mjs", "generated_client.ts", "openai_calls.mjs", "openai_cuts.mjs"),
-        *("typed_calls.ts", "../../clients/js/lastcall.js", "../../clients/js/lastcall.d.ts"),
+        *("openai_handover.mjs", "typed_calls.ts", "../../clients/js/lastcall.js", "../../clients/js/lastcall.d.ts"),
     ),
 )
 CODEX = NodePackages(HERE / "codex")
