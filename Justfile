@@ -78,6 +78,11 @@ crash times="200":
 chaos *args:
     @{{ dev }} python -m tests.cluster.chaos "$@"
 
+# write down this version's tables, statements and forwards, to which later versions are held: before a release
+freeze:
+    @{{ dev }} python -m tests.storage.postgres.freeze
+    @{{ dev }} python -m tests.cluster.freeze
+
 # look for faults in generated histories of sessions, so many times longer than the tests do
 histories times="10":
     @EXAMPLES=$(( 100 * {{ times }} )) {{ dev }} python -m pytest {{ parallel }} --hypothesis-profile long tests/sessions/trees

@@ -126,8 +126,11 @@ async def _stopped(replica: Replica) -> AsyncIterator[None]:
 
 
 async def _serving_again(replica: Replica) -> None:
+    ended = replica.process
     with trio.move_on_after(MEND_S):
         await replica.wait_gone()
+        while replica.process is ended:  # noqa: ASYNC110  each process has an event of its own
+            await trio.sleep(0.02)
         await replica.wait_serving()
 
 

@@ -30,6 +30,8 @@ class Link:
         self._state: LinkState = "up"
         self._changed = trio.Event()
         self._open: set[trio.SocketStream] = set()
+        self._held: bytes | None = None
+        self._released = trio.Event()
 
     @property
     def store_url(self) -> str:
@@ -47,6 +49,16 @@ class Link:
         self._changed = trio.Event()
         if state == "refused":
             await self.cut()
+
+    def hold(self, words: bytes) -> None:
+        """Keep back each piece to the server that has these words, and what follows on its connection."""
+        self._held = words
+        self._released = trio.Event()
+
+    def release(self) -> None:
+        """Pass on what was kept back."""
+        self._held = None
+        self._released.set()
 
     async def cut(self) -> None:
         """Close all connections."""
@@ -71,13 +83,17 @@ class Link:
         try:
             async with client, server, trio.open_nursery() as nursery:
                 nursery.start_soon(self._pass_on, server, client, nursery.cancel_scope)
-                await self._pass_on(client, server, nursery.cancel_scope)
+                await self._pass_on(client, server, nursery.cancel_scope, holds=True)
         finally:
             self._open -= {client, server}
 
-    async def _pass_on(self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
+    async def _pass_on(
+        self, source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope, *, holds: bool = False
+    ) -> None:
         try:
             while data := await source.receive_some(_PIECE_BYTES):
+                if holds and self._held is not None and self._held in data:
+                    await self._released.wait()
                 if self._state == "slow":
                     await trio.sleep(DELAY_S)
                 while self._state == "silent":

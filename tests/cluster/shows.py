@@ -17,16 +17,18 @@ from functools import partial
 from pathlib import Path
 from random import Random, SystemRandom
 
+import msgspec
 import trio
 
 from bench.database import binaries, open_database
-from tests.cluster.calls import NoAnswerError, call
+from tests.cluster.calls import NoAnswerError, call, open_call
 from tests.cluster.chaos import LEASE_S, Run, have_database, spread, summary
 from tests.cluster.clients import AUTH, Client, Load, View
-from tests.cluster.cluster import Cluster, Door, open_cluster
+from tests.cluster.cluster import Cluster, Door, Replica, open_cluster
 from tests.cluster.faults import DATABASE, Faults
 from tests.cluster.front import open_front
-from tests.cluster.history import Fault, History, Lost, Saw
+from tests.cluster.history import Accepted, Fault, History, Lost, Saw
+from tests.cluster.upstream import reply_of
 
 STREAMS = 100
 TOLD_S = LEASE_S + 2
@@ -139,42 +141,90 @@ async def show_kill(show: Show, *, times: int = 20) -> None:
     show.expect(set(show.state_of(others)) == {"completed"}, f"turns of the others: {show.state_of(others)}")
 
 
-async def show_freeze(show: Show) -> None:
-    """SIGSTOP past the lease, then CONT."""
+async def show_freeze(show: Show, *, holds_beats: bool = False) -> None:
+    """SIGSTOP past the lease, then CONT.
+
+    Args:
+        holds_beats: Keep the beats of the zombie from the database for the first seconds. So it is not by its beats
+            that it learns of its death, and only the check of the owner in each write stands between it and the rows.
+    """
     async with _open_cluster(show) as cluster:
         async with trio.open_nursery() as readers:
             load = show.load(cluster.doors, tokens=150, rate=5)
             turns = await show.start_many(cluster, load, readers, count=30)
             zombie = cluster.replicas[0]
+            [(fence,)] = cluster.database.run(
+                f"SELECT DISTINCT owner FROM {cluster.schema}.turns WHERE {_among(turns[0])}"
+            )
+            calls = _inputs(show, turns[0])
+            session = await Client(load, "anew").create()
             zombie.freeze()
             began_at = time.monotonic()
             await trio.sleep(2.5 * LEASE_S)
-            before = _rows(cluster, turns[0])
+            before = _rows(cluster, turns[0], fence)
+            if holds_beats:
+                zombie.link.hold(_BEAT)
             thawed_at = time.monotonic()
             zombie.thaw()
+            new_work = await _try_at_zombie(zombie, session) if holds_beats else Counter[str]()
+            zombie.link.release()
             assert zombie.process is not None
             with trio.move_on_after(10):
                 await zombie.process.wait_gone()
             gone = zombie.process.gone
-            after = _rows(cluster, turns[0])
+            after = _rows(cluster, turns[0], fence)
             show.run.history.add(Fault(at=began_at, kind="freeze", target=zombie.name, until=time.monotonic()))
         await show.run.check(cluster)
-        closed = [it.closed_at - thawed_at for it in cluster.upstream.calls() if it.closed_at > thawed_at]
-        of_the_zombie = sorted(it for it in closed if it < 3)
-    show.expect(before == after, "the zombie changes no row of its turns")
+        dropped = sorted(it.closed_at - thawed_at for it in cluster.upstream.calls() if it.input in calls)
+    show.expect(before == after, "the zombie changes no row of its turns, and adds none")
+    show.expect(not new_work["accepted"], f"it accepts no new work: {dict(new_work)}")
     show.expect(gone is not None and gone.exit_code == 71, f"the zombie ends with 71: {gone and gone.exit_code}")
     show.expect(
-        len(of_the_zombie) >= len(turns[0]) and of_the_zombie[len(turns[0]) - 1] <= 1,
-        f"its model calls are dropped within 1 s: {spread(of_the_zombie)}",
+        len(dropped) == len(turns[0]) and dropped[-1] <= 1,
+        f"its model calls are dropped within 1 s: {spread(dropped)}",
     )
     show.expect(set(show.state_of(turns[0])) == {"interrupted crash"}, f"its turns: {show.state_of(turns[0])}")
     others = [*turns[1], *turns[2]]
     show.expect(set(show.state_of(others)) == {"completed"}, f"turns of the others: {show.state_of(others)}")
 
 
-def _rows(cluster: Cluster, turns: Sequence[str]) -> list[tuple[object, ...]]:
-    names = ", ".join(f"'{turn}'" for turn in turns)
-    return cluster.database.run(f"SELECT t.*::text FROM {cluster.schema}.turns t WHERE id IN ({names}) ORDER BY id")
+_BEAT = b"WITH beat AS"
+"""What is in the statement with which an owner beats."""
+
+
+def _among(turns: Sequence[str]) -> str:
+    return "id IN ({})".format(", ".join(f"'{turn}'" for turn in turns))
+
+
+def _rows(cluster: Cluster, turns: Sequence[str], fence: int) -> list[tuple[object, ...]]:
+    """These turns, and all that belongs to an owner."""
+    of_schema = f"{cluster.schema}."
+    return cluster.database.run(
+        f"SELECT t.*::text FROM {of_schema}turns t WHERE {_among(turns)} OR owner = {fence} "
+        f"UNION ALL SELECT s.*::text FROM {of_schema}segments s WHERE owner = {fence} "
+        f"UNION ALL SELECT s.*::text FROM {of_schema}sessions s WHERE owner = {fence} ORDER BY 1"
+    )
+
+
+def _inputs(show: Show, turns: Sequence[str]) -> set[str]:
+    """The inputs of turns, by which their calls of the model are found."""
+    accepted = {it.turn: it.input for it in show.run.history.of(Accepted)}
+    return {accepted[turn] for turn in turns}
+
+
+async def _try_at_zombie(zombie: Replica, session: str) -> Counter[str]:
+    """Ask a process that was taken for dead for new work, until it is gone or 3 s are over."""
+    answers: Counter[str] = Counter()
+    body = {"input": "anew tokens=5", "background": True, "on_conflict": "queue"}
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        try:
+            answer = await call(zombie.door, "POST", f"/sessions/{session}/turns", AUTH, body)
+        except NoAnswerError:
+            break
+        answers["accepted" if answer.status < 300 else str(answer.status)] += 1
+        await trio.sleep(0.05)
+    return answers
 
 
 async def show_database(show: Show) -> None:
@@ -261,6 +311,98 @@ async def show_failover(show: Show) -> None:
     show.expect(not ends["interrupted crash"], f"nobody was taken over: {dict(ends)}")
 
 
+async def show_fences(show: Show, *, turns: int = 20) -> None:
+    """A failover to a standby that lacks the last commits: the numbers of owners, sessions and turns are given twice.
+
+    A process with such a number is frozen meanwhile, with running turns. When it goes on, another one has its number,
+    and turns with the numbers of its turns.
+    """
+    programs = binaries()
+    assert programs is not None
+    with open_database(programs) as primary, open_database(programs) as standby:
+        await have_database(primary)
+        async with open_cluster(primary, show.folder, show.run.history) as cluster:
+            zombie, heir, _ = cluster.replicas
+            await trio.to_thread.run_sync(partial(standby.make_standby_of, primary, "late"))
+            await Faults(cluster).have("kill", zombie.name, 0)
+            lost = [await _start_raw(zombie.door, f"lost{number} tokens=400 rate=5") for number in range(turns)]
+            await trio.sleep(3)
+            numbers = _numbers_of(cluster, [turn for _, turn in lost])
+            async with trio.open_nursery() as readers:
+                ends: list[str] = []
+                for session, turn in lost:
+                    readers.start_soon(_read_raw, zombie.door, session, turn, ends)
+                await trio.sleep(1)
+                frozen_at = time.monotonic()
+                zombie.freeze()
+                await primary.stop("immediate")
+                await standby.start()
+                await trio.to_thread.run_sync(standby.promote)
+                # As if the copy had been made just before the process got its numbers.
+                for table, (column, number) in numbers.items():
+                    sequence = f"pg_get_serial_sequence('{cluster.schema}.{table}', '{column}')"
+                    standby.run(f"SELECT setval({sequence}, {number}, false)")
+                for replica in cluster.replicas:
+                    replica.link.server = standby.socket
+                    await replica.link.cut()
+                cluster.database = standby
+                show.run.history.add(Fault(at=frozen_at, kind="failover", target=DATABASE, until=time.monotonic()))
+                await Faults(cluster).have("kill", heir.name, 0)
+                kept = [await _start_raw(heir.door, f"kept{number} tokens=60 rate=5") for number in range(turns)]
+                again = _numbers_of(cluster, [turn for _, turn in kept])
+                show.expect(
+                    again["owners"] == numbers["owners"]
+                    and all(abs(again[table][1] - numbers[table][1]) < turns // 2 for table in numbers),
+                    f"the numbers of the owner, of sessions and of turns are given twice: from {numbers}, {again} on",
+                )
+                zombie.link.hold(_BEAT)
+                thawed_at = time.monotonic()
+                zombie.thaw()
+                answers = await _try_at_zombie(zombie, kept[0][0])
+                zombie.link.release()
+                assert zombie.process is not None
+                with trio.move_on_after(10):
+                    await zombie.process.wait_gone()
+                gone = zombie.process.gone
+                show.run.history.add(Fault(at=frozen_at, kind="freeze", target=zombie.name, until=time.monotonic()))
+            await show.run.check(cluster)
+            dropped = sorted(it.closed_at - thawed_at for it in cluster.upstream.calls() if it.input.startswith("lost"))
+    stored = {turn.id: turn for session in show.run.stored.sessions.values() for turn in session.turns}
+    wrong = [turn for _, turn in kept if turn not in stored or stored[turn].text != reply_of(stored[turn].input)]
+    show.expect(not wrong, f"each turn of the other owner has its whole text: {wrong[:3]}")
+    show.expect(not ends, f"the process tells no end: {ends[:3]}")
+    show.expect(not answers["accepted"], f"it accepts no new work: {dict(answers)}")
+    show.expect(gone is not None and gone.exit_code == 71, f"it ends with 71: {gone and gone.exit_code}")
+    show.expect(
+        len(dropped) == turns and dropped[-1] <= 1, f"its model calls are dropped within 1 s: {spread(dropped)}"
+    )
+    show.expect(show.state_of([turn for _, turn in kept]) == {"completed": turns}, f"ends: {dict(show.ends())}")
+
+
+def _numbers_of(cluster: Cluster, turns: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """The lowest number of these turns, of their sessions, and of their owner; and the columns that have them."""
+    query = f"SELECT min(key), min(session), min(owner) FROM {cluster.schema}.turns WHERE {_among(turns)}"
+    [(key, session, fence)] = cluster.database.run(query)
+    return {"turns": ("key", key), "sessions": ("key", session), "owners": ("fence", fence)}
+
+
+async def _start_raw(door: Door, text: str) -> tuple[str, str]:
+    """Start a turn in a new session, which is not noted in the history. Returns the ids of both."""
+    session = msgspec.json.decode((await call(door, "POST", "/sessions", AUTH, {})).body)["id"]
+    started = await call(door, "POST", f"/sessions/{session}/turns", AUTH, {"input": text, "background": True})
+    assert started.status == 202, started
+    return session, msgspec.json.decode(started.body)["id"]
+
+
+async def _read_raw(door: Door, session: str, turn: str, ends: list[str]) -> None:
+    """Read a stream up to its end, and note a terminal event."""
+    try:
+        async with open_call(door, "GET", f"/sessions/{session}/turns/{turn}/events", AUTH) as stream:
+            ends += [f"{turn} {event}" async for event in stream.events(silence_s=60) if event.is_terminal]
+    except NoAnswerError:
+        pass
+
+
 async def show_no_standby(show: Show) -> None:
     """synchronous_standby_names names a server that is not there: nothing is acknowledged."""
     async with _open_cluster(show) as cluster:
@@ -320,10 +462,12 @@ SHOWS: dict[str, Callable[[Show], Awaitable[None]]] = {
     "kill": show_kill,
     "kill-twice": partial(show_kill, times=2),
     "freeze": show_freeze,
+    "freeze-beats": partial(show_freeze, holds_beats=True),
     "database": show_database,
     "peers": show_peers,
     "failover": show_failover,
     "no-standby": show_no_standby,
+    "fences": show_fences,
     "rolling": partial(show_rolling, fits=False, proxy="nginx"),
     "rolling-retry": partial(show_rolling, fits=False, proxy="nginx", on_interrupt="retry"),
     "rolling-continue": partial(show_rolling, fits=False, proxy="nginx", on_interrupt="continue"),

@@ -1,8 +1,9 @@
 """Processes of this version and of an earlier one pass requests on to each other.
 
-``tests/cluster/fixtures/forwards_1.json`` has the bytes of requests and answers between two processes of the last
-version whose store had schema 1, with ``{turn}`` in place of the turn's id. The proof that comes before is written here
-as it was then. None of this ever changes.
+``tests/cluster/fixtures/forwards_N.json`` has the bytes of requests and answers between two processes of a version,
+with ``{turn}`` in place of the turn's id. The first file is of the last version whose store had schema 1; ``just
+freeze`` has written the others (:mod:`tests.cluster.freeze`). The proof that comes before is written here as it was in
+the first one. None of this ever changes.
 """
 
 import hmac
@@ -19,20 +20,22 @@ import h11
 import pytest
 import trio
 
+from service.cluster.peer_address import PeerAddress
 from service.cluster.peer_socket import socket_name
 from tests.api.http.test_proxy import TURN, open_owner
 from tests.api.inprocess import Reply
+from tests.cluster.freeze import FIXTURES, requests_now, shape
 from tests.hosting.hosts import KEYED, SERVE, open_host
 
-FORWARDS: dict[str, dict[str, str]] = json.loads(
-    (Path(__file__).parent.parent / "cluster/fixtures/forwards_1.json").read_text()
-)
+FORWARDS: dict[int, dict[str, dict[str, str]]] = {
+    int(path.stem.rpartition("_")[2]): json.loads(path.read_text()) for path in sorted(FIXTURES.glob("forwards_*.json"))
+}
 CAP_S = 30
 NEW_SESSION = (
     b"POST /sessions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 10\r\n"
     b'connection: close\r\n\r\n{"id":"s"}'
 )
-_TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
+TURN_ID = re.compile(r"turn_[0-9a-f]{32}")
 _PASSED_ON = ("accept", "last-event-id", "idempotency-key", "content-type")
 
 
@@ -71,8 +74,9 @@ def answer_of(data: bytes, *, turn: str) -> Answer:
     )
 
 
-def frozen(name: str, part: str, turn: str) -> bytes:
-    return FORWARDS[name][part].replace("{turn}", turn).encode("latin-1")
+def frozen(number: int, name: str, part: str, turn: str, *, instance: str = "", fence: int = 0) -> bytes:
+    text = FORWARDS[number][name][part].replace("{turn}", turn)
+    return text.replace("{instance}", instance).replace("{fence}", str(fence)).encode("latin-1")
 
 
 def digest(secret: bytes, role: bytes, address: str, of_peer: bytes, of_owner: bytes) -> bytes:
@@ -102,20 +106,38 @@ async def ask(address: str, secret: bytes, request: bytes) -> bytes:
         return answer
 
 
-async def test_requests_of_an_earlier_version_are_answered_as_it_answered_them(tmp_path: Path) -> None:
+async def test_what_this_version_sends_is_written_down(tmp_path: Path) -> None:
+    """Fails when what processes send each other has changed: then ``just freeze`` writes another file.
+
+    The files before stay, so that this version and those before go on to understand each other. A file that no release
+    has may be written anew instead: ``python -m tests.cluster.freeze N``.
+    """
+    sent = await requests_now(tmp_path)
+    kept = FORWARDS[max(FORWARDS)]
+    assert {name: shape(request) for name, request in sent.items()} == {
+        name: shape(parts["request"]) for name, parts in kept.items()
+    }
+
+
+@pytest.mark.parametrize("number", FORWARDS)
+async def test_requests_of_an_earlier_version_are_answered_as_it_answered_them(number: int, tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
     settings = KEYED | {"model_url": "scripted:?tokens=2&rate=20&first_token_s=0"}
     async with open_host(tmp_path, SERVE, store_url=f"sqlite:{path}", **settings) as server:
         with closing(sqlite3.connect(path)) as db:
-            (address,) = db.execute("SELECT address FROM owners").fetchone()
+            fence, address = db.execute("SELECT fence, address FROM owners").fetchone()
+        instance = PeerAddress.parse(address).instance
         secret = path.with_name("lastcall.db-owners").read_bytes()  # noqa: ASYNC240
         turn = ""
         with trio.fail_after(CAP_S):
             await ask(address, secret, NEW_SESSION)
-            for name in FORWARDS:
-                data = await ask(address, secret, frozen(name, "request", turn))
-                turn = turn or _TURN_ID.findall(data.decode())[0]
-                check_alike(answer_of(data, turn=turn), answer_of(frozen(name, "answer", TURN), turn=TURN), name)
+            for name in FORWARDS[number]:
+                request = frozen(number, name, "request", turn, instance=instance, fence=fence)
+                data = await ask(address, secret, request)
+                turn = turn or TURN_ID.findall(data.decode())[0]
+                check_alike(
+                    answer_of(data, turn=turn), answer_of(frozen(number, name, "answer", TURN), turn=TURN), name
+                )
         assert "Traceback" not in server.log()
 
 
@@ -175,9 +197,9 @@ def _is_whole(request: bytes) -> bool:
     return bool(end) and len(body) >= int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
 
 
-@pytest.mark.parametrize("name", FORWARDS)
-async def test_answers_of_an_earlier_version_reach_the_client(name: str, tmp_path: Path) -> None:
-    head, _, body = frozen(name, "request", TURN).decode("latin-1").partition("\r\n\r\n")
+@pytest.mark.parametrize(("number", "name"), [(number, name) for number, of_it in FORWARDS.items() for name in of_it])
+async def test_answers_of_an_earlier_version_reach_the_client(number: int, name: str, tmp_path: Path) -> None:
+    head, _, body = frozen(number, name, "request", TURN).decode("latin-1").partition("\r\n\r\n")
     first, *lines = head.split("\r\n")
     method, target, _ = first.split(" ")
     headers = dict(_named(lines))
@@ -190,8 +212,8 @@ async def test_answers_of_an_earlier_version_reach_the_client(name: str, tmp_pat
 
         nursery.start_soon(call)
         earlier = EarlierOwner(owner.store.peer_secret, owner.address, owner.listener)
-        await earlier.answer(frozen(name, "answer", TURN))
-    expected = answer_of(frozen(name, "answer", TURN), turn=TURN)
+        await earlier.answer(frozen(number, name, "answer", TURN))
+    expected = answer_of(frozen(number, name, "answer", TURN), turn=TURN)
     assert replies[0].status == expected.status
     assert replies[0].headers.get("content-type", "") == expected.media_type
     assert replies[0].body.decode().replace(TURN, "{turn}") == expected.body

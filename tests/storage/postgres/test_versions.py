@@ -2,63 +2,116 @@
 
 ``fixtures/version_N.sql`` is a dump of a store that the last code of schema N has filled, ``version_N.json`` what that
 code read from it, and ``statements_N.jsonl`` what it executed and received: first the texts, each in a line, and then
-``[connection, index of the text, parameters, rows]``. These files never change.
+``[connection, index of the text, parameters, rows]``. The files of a version that was released never change. ``just
+freeze`` writes those of this version (:mod:`tests.storage.postgres.freeze`); what it would write now is tested, too.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import psycopg
 import pytest
+import trio
 
 from service.errors import RepeatedError
 from service.storage.postgres import open_postgres_store, schema
 from service.storage.postgres.schema import quoted
-from service.storage.records import EndResult, IdempotencyKey
-from tests.postgres_server import PostgresServer
+from service.storage.records import EndResult
+from tests.postgres_server import PostgresServer, running
+from tests.storage.postgres.freeze import FIXTURES, FOUND, KEY, OPEN, SEARCHED, record
 from tests.storage.rows import T0, a_turn, at, contents, ended, said
 
-FIXTURES = Path(__file__).parent / "fixtures"
-VERSIONS = [1]
-OPEN = {"open": "Hello world", "queued": ""}
-"""The turns that were open in the dump, and what their checkpoints have kept."""
+NOW = "now"
+VERSIONS = sorted(int(path.stem.rpartition("_")[2]) for path in FIXTURES.glob("version_*.sql"))
 
 
-@pytest.fixture(params=VERSIONS)
-def version(request: pytest.FixtureRequest) -> int:
-    number: int = request.param
-    return number
+class Frozen(NamedTuple):
+    """What was written down of a version."""
+
+    dump: str
+    read: Any
+    lines: list[Any]
+
+
+def _frozen(dump: str, read: bytes, statements: str) -> Frozen:
+    return Frozen(dump, json.loads(read), [json.loads(line) for line in statements.splitlines()])
+
+
+@pytest.fixture(scope="module")
+def written_now(request: pytest.FixtureRequest) -> Frozen:
+    """What would be written down of this version."""
+    if request.config.getoption("postgres_programs") or request.config.getoption("postgres_pooler"):
+        pytest.skip("the dump is made by the program pg_dump of this machine, from its own server")
+    server = running(request.config)
+    with server.new_schema() as name:
+        return _frozen(*trio.run(record, server, name))
+
+
+@pytest.fixture(params=[*VERSIONS, pytest.param(NOW, marks=pytest.mark.processes)])
+def frozen(request: pytest.FixtureRequest, postgres: PostgresServer) -> Frozen:
+    if request.param == NOW:
+        written: Frozen = request.getfixturevalue("written_now")
+        return written
+    number = request.param
+    return _frozen(
+        (FIXTURES / f"version_{number}.sql").read_text(),
+        (FIXTURES / f"version_{number}.json").read_bytes(),
+        (FIXTURES / f"statements_{number}.jsonl").read_text(),
+    )
 
 
 @pytest.fixture
-def old_schema(postgres: PostgresServer, version: int) -> Iterator[str]:
+def old_schema(postgres: PostgresServer, frozen: Frozen) -> Iterator[str]:
     """A schema with the tables and rows of an earlier version."""
-    dump = (FIXTURES / f"version_{version}.sql").read_text()
     with postgres.new_schema() as name:
-        postgres.run(dump.replace("{s}", name))
+        postgres.run(frozen.dump.replace("{s}", name))
         yield name
 
 
 def test_there_are_fixtures_of_each_version_but_the_newest() -> None:
-    assert [*range(1, len(schema.SCRIPTS))] == VERSIONS
+    """A new script needs them of the version before: ``just freeze`` in a checkout of that version."""
+    assert VERSIONS in ([*range(1, len(schema.SCRIPTS))], [*range(1, len(schema.SCRIPTS) + 1)])
+
+
+@pytest.mark.parametrize("number", VERSIONS)
+def test_the_scripts_of_a_version_still_make_its_tables(number: int, postgres: PostgresServer) -> None:
+    """A script that was released never changes: the tables that it made are there."""
+    with postgres.new_schema() as made, postgres.new_schema() as kept:
+        postgres.run(f"CREATE SCHEMA {made}", *(it.replace("{s}", made) for it in schema.SCRIPTS[:number]))
+        postgres.run((FIXTURES / f"version_{number}.sql").read_text().replace("{s}", kept))
+        assert _tables(postgres, made) == _tables(postgres, kept)
+
+
+def _tables(postgres: PostgresServer, name: str) -> set[str]:
+    """What the catalogs say of the tables of a schema, without its name."""
+    columns = postgres.run(
+        "SELECT relname, attname, format_type(atttypid, atttypmod), attnotnull, attidentity, attstorage, "
+        "coalesce(pg_get_expr(adbin, adrelid), ''), coalesce(reloptions::text, '') FROM pg_attribute "
+        "JOIN pg_class c ON c.oid = attrelid LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum "
+        f"WHERE relnamespace = '{name}'::regnamespace AND relkind = 'r' AND attnum > 0 AND NOT attisdropped"
+    )
+    indexes = postgres.run(f"SELECT indexdef FROM pg_indexes WHERE schemaname = '{name}'")
+    constraints = postgres.run(
+        "SELECT conrelid::regclass::text, pg_get_constraintdef(oid) FROM pg_constraint "
+        f"WHERE connamespace = '{name}'::regnamespace"
+    )
+    return {str(row).replace(f"{name}.", "") for row in (*columns, *indexes, *constraints)}
 
 
 async def test_a_store_of_an_earlier_version_is_read_as_that_version_read_it(
-    postgres: PostgresServer, old_schema: str, version: int
+    postgres: PostgresServer, old_schema: str, frozen: Frozen
 ) -> None:
-    expected = json.loads((FIXTURES / f"version_{version}.json").read_bytes())
     async with open_postgres_store(postgres.url, schema_name=old_schema) as store:
         assert postgres.run(f"SELECT version FROM {old_schema}.store") == [(len(schema.SCRIPTS),)]
-        _check_has(msgspec.to_builtins(await contents(store, now=T0)), expected, at="contents")
-        found = await store.search_sessions("word", limit=100, after=None, status=None, now=T0)
-        assert {match.session.id for match in found.data} == {"s", "copy", "ann/s", "x"}
+        _check_has(msgspec.to_builtins(await contents(store, now=T0)), frozen.read, at="contents")
+        found = await store.search_sessions(SEARCHED, limit=100, after=None, status=None, now=T0)
+        assert {match.session.id for match in found.data} == FOUND
         with pytest.raises(RepeatedError):
-            await store.check_key(IdempotencyKey(caller="ann", key="a", fingerprint=b"\x00f"), now=T0)
+            await store.check_key(KEY, now=T0)
 
 
 async def test_a_store_of_an_earlier_version_goes_on(postgres: PostgresServer, old_schema: str) -> None:
@@ -74,8 +127,10 @@ async def test_a_store_of_an_earlier_version_goes_on(postgres: PostgresServer, o
         await store.delete_expired(now=at(10**6), limit=10**6)
 
 
-def test_the_statements_of_an_earlier_version_work_on_the_newest_tables(postgres: PostgresServer, version: int) -> None:
-    lines = [json.loads(line) for line in (FIXTURES / f"statements_{version}.jsonl").read_text().splitlines()]
+def test_the_statements_of_an_earlier_version_work_on_the_newest_tables(
+    postgres: PostgresServer, frozen: Frozen
+) -> None:
+    lines = frozen.lines
     texts = [line for line in lines if isinstance(line, str)]
     with postgres.new_schema() as name, ExitStack() as connections:
 
