@@ -10,8 +10,7 @@ import sys
 from contextlib import suppress
 
 import anyio
-
-from clients.python.lastcall_client import Client, Event, LastcallError, TurnStream, Waiting
+from lastcall_client import Client, Event, LastcallError, TurnStream, Waiting
 
 
 def say_waiting(_: Waiting) -> None:

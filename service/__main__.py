@@ -7,6 +7,8 @@ imports nothing else that takes a moment.
 import sys
 from collections.abc import Sequence
 
+from service.cli.client_commands import CLIENT_COMMANDS
+from service.cli.client_commands import main as run_client_command
 from service.hosting.process.early_stop import end_on_stop_signals
 
 
@@ -14,6 +16,8 @@ def main() -> int:
     """Run the command line and return the process's exit code."""
     if sys.argv[1:2] == ["serve"]:
         end_on_stop_signals(hold_hangups=_becomes_master(sys.argv[2:]))
+    if sys.argv[1:2] and sys.argv[1] in CLIENT_COMMANDS:
+        return run_client_command(sys.argv[1:])
     from service.cli.main import main as run  # noqa: PLC0415  takes a moment
 
     return run()

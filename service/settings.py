@@ -34,6 +34,7 @@ from pydantic import (
 from pydantic import ValidationError as InvalidSettings
 from pydantic_core import ErrorDetails
 
+from service.client_settings import CLIENT_VARIABLES, KEY_FILE_VARIABLE, KEY_VARIABLE
 from service.errors import SettingsError, StartupError
 from service.ids import is_owner_name
 from service.service_links import made_by_links
@@ -42,7 +43,8 @@ from service.store_capabilities import BY_SCHEME, StoreCapabilities
 ENV_PREFIX = "LASTCALL_"
 CONFIG_FILE = "lastcall.toml"
 CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
-"""Names a file to read instead of ``lastcall.toml`` in the working directory. The only variable that is no setting."""
+"""Names a file to read instead of ``lastcall.toml`` in the working directory. It is no setting, and neither are the
+variables of :mod:`service.client_settings`."""
 OPTIONS = {"bind": "bind", "store_url": "store"}
 """Settings that the command line may say, and what its option is called."""
 SECRETS = frozenset({"api_key", "api_keys", "key", "key_sha256", "model_api_key"})
@@ -888,7 +890,10 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     read = _read_file(sources.file, must_exist=bool(named))
     sources.add_layer({name: (file, value) for name, value in read.items()})
     variables: dict[str, tuple[str, object]] = {}
-    not_ours = {CONFIG_FILE_VARIABLE, *ignored_variables(environ)}
+    not_ours = {CONFIG_FILE_VARIABLE, *CLIENT_VARIABLES, *ignored_variables(environ)}
+    if not any(it in read or environ.get(ENV_PREFIX + it.upper()) for it in ("api_keys", "api_keys_file")):
+        # A client's key beside a server without keys is more likely a mistyped setting.
+        not_ours -= {KEY_VARIABLE, KEY_FILE_VARIABLE}
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in not_ours and environ[variable]:
             spelt = variable.encode(errors="backslashreplace").decode()  # an error text must be able to show it
@@ -973,6 +978,8 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
     names = [part for part in detail["loc"] if isinstance(part, str)]
     if detail["type"] == "extra_forbidden":
         known = _TYPE_OF_TABLE[names[0]] if len(names) > 1 else Settings
+        if names[-1] in (KEY_VARIABLE, KEY_FILE_VARIABLE, "api_key", "api_key_file") and of_variable:
+            return "is what clients send; the keys that this server accepts are LASTCALL_API_KEYS"
         meant = get_close_matches(names[-1].removeprefix(ENV_PREFIX).lower(), known.model_fields, n=1)
         spelt = [ENV_PREFIX + it.upper() if of_variable else it for it in meant]
         return f"is not a setting; did you mean {spelt[0]}?" if spelt else "is not a setting"

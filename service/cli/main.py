@@ -11,6 +11,7 @@ from pathlib import Path
 import service
 from service import __version__
 from service.cli.certificates import add_certificates_command, run_certificates_command
+from service.cli.client_commands import CLIENT_COMMANDS, add_client_commands, run_client_command
 from service.cli.store_commands import add_commands, run_store_command
 from service.errors import StartupError
 from service.settings import (
@@ -33,9 +34,17 @@ _BIND_HELP = "host:port or, with api_keys, unix:path, in place of the setting; p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the process's exit code."""
+    encoding = sys.stdout.encoding
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # JSON and TOML are always UTF-8
     arguments = _parser().parse_args(argv)
+    if arguments.command in CLIENT_COMMANDS:
+        return run_client_command(arguments, encoding=encoding)
+    return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a command that is no client of a server."""
     overrides = {name: value for name in OPTIONS if (value := getattr(arguments, OPTIONS[name], None))}
     try:
         if arguments.command == "certificates":  # needs no settings
@@ -93,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("config", help="print the settings in force, as TOML, and where each comes from")
     add_commands(commands)
     add_certificates_command(commands)
+    add_client_commands(commands)
     return parser
 
 

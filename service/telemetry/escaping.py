@@ -22,6 +22,11 @@ def escape(text: str) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def escape_block(text: str) -> str:
+    r"""Return a text of several lines for a terminal: as :func:`escape`, but line feeds and tabs stay."""
+    return _UNSAFE.sub(lambda match: match[0] if match[0] in "\n\t" else escape(match[0]), text)
+
+
 def escape_value(value: object) -> str:
     """Return a value for a line with other values: quoted if it could be read as more or less than one value."""
     text = value if isinstance(value, str) else repr(value)

@@ -13,8 +13,7 @@ from typing import Any
 
 import anyio
 import httpx
-
-from clients.python.lastcall_client import Bounds, Client, Event, LastcallError, Pages, TurnStream, Waiting
+from lastcall_client import Bounds, Client, Event, LastcallError, Pages, TurnStream, Waiting
 
 Results = Sequence[Mapping[str, Any]]
 """The result of each step."""

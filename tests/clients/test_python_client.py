@@ -6,8 +6,8 @@ from functools import partial
 
 import httpx
 import trio
+from lastcall_client import Client, Waiting
 
-from clients.python.lastcall_client import Client, Waiting
 from tests.clients.scenarios import (
     RETRY,
     STARTED,

@@ -1,0 +1,33 @@
+"""A terminal whose keys are read at once, and not echoed."""
+
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_INPUT, _LOCAL = 0, 3
+"""The places of the flags in what ``tcgetattr`` returns."""
+
+
+def set_raw(fd: int, *, signals: bool) -> None:
+    """Have keys sent as they are pressed, without an echo.
+
+    Args:
+        signals: Ctrl+C, Ctrl+Z and Ctrl+\\ send their signals, and are no keys.
+    """
+    mode = termios.tcgetattr(fd)
+    mode[_INPUT] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
+    mode[_LOCAL] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+    mode[_LOCAL] = mode[_LOCAL] | termios.ISIG if signals else mode[_LOCAL] & ~termios.ISIG
+    termios.tcsetattr(fd, termios.TCSANOW, mode)
+
+
+@contextmanager
+def raw_mode(fd: int) -> Iterator[list[int | list[bytes | int]]]:
+    """Take the terminal over, with its signals, and give it back as it was: the mode that it had is yielded."""
+    before = termios.tcgetattr(fd)
+    try:
+        set_raw(fd, signals=True)
+        yield before
+    finally:
+        with suppress(termios.error):  # the terminal has gone
+            termios.tcsetattr(fd, termios.TCSANOW, before)

@@ -1,0 +1,263 @@
+"""A program on a pseudo-terminal, with a small model of its screen; and a server that the tests of a module share."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+import unicodedata
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+
+from tests.process.lastcall import CAP_S
+
+KEY = "sesame-of-the-terminal"
+_TOKEN = re.compile(
+    r"\x1b\[(?P<private>\??)(?P<numbers>[0-9;]*)(?P<final>[A-Za-z])|(?P<control>[\x00-\x1f\x7f])|(?P<text>.)", re.DOTALL
+)
+_CONTROLLED = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""A terminal turns Ctrl+C into a signal for the session that it controls."""
+
+
+class Screen:
+    """What a terminal shows, of the sequences that Lastcall's commands use. Any other one is an AssertionError.
+
+    ``history`` are the lines that were scrolled off the top.
+    """
+
+    def __init__(self, columns: int, rows: int) -> None:
+        self.columns, self.rows = columns, rows
+        self.lines: list[list[str]] = [[] for _ in range(rows)]
+        self.history: list[str] = []
+        self.row = self.column = 0
+        self.styles: set[str] = set()
+        self.modes: set[str] = set()
+        self._wraps = True
+        self._rest = ""
+
+    def feed(self, text: str) -> None:
+        text = self._rest + text
+        cut = re.search(r"\x1b(\[[0-9;?]*)?$", text)
+        self._rest = cut[0] if cut else ""
+        for token in _TOKEN.finditer(text.removesuffix(self._rest) if self._rest else text):
+            if token["final"]:
+                self._sequence(token["private"], token["numbers"], token["final"])
+            elif token["control"]:
+                self._control(token["control"])
+            else:
+                self._put(token["text"])
+
+    def text(self) -> str:
+        """All lines, those that were scrolled off first."""
+        return "\n".join([*self.history, *map(_joined, self.lines)]).rstrip()
+
+    def _put(self, character: str) -> None:
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+            return
+        width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if self.column + width > self.columns:
+            if not self._wraps:
+                return
+            self.column = 0
+            self._line_feed()
+        line = self.lines[self.row]
+        line += [" "] * (self.column + width - len(line))
+        line[self.column : self.column + width] = [character, *[""] * (width - 1)]
+        self.column += width
+
+    def _line_feed(self) -> None:
+        if self.row == self.rows - 1:
+            self.history.append(_joined(self.lines.pop(0)))
+            self.lines.append([])
+        else:
+            self.row += 1
+
+    def _control(self, control: str) -> None:
+        match control:
+            case "\r":
+                self.column = 0
+            case "\n":
+                self._line_feed()
+            case "\t":
+                self.column = min(self.columns - 1, self.column // 8 * 8 + 8)
+            case _:
+                raise AssertionError(f"the terminal got {control!r}")
+
+    def _sequence(self, private: str, numbers: str, final: str) -> None:
+        count = int(numbers) if numbers.isdigit() else 1
+        match private + final:
+            case "m":
+                self.styles.add(numbers)
+            case "A":
+                self.row = max(0, self.row - count)
+            case "C":
+                self.column = min(self.columns - 1, self.column + count)
+            case "H" if not numbers:
+                self.row = self.column = 0
+            case "K" if not numbers:
+                del self.lines[self.row][self.column :]
+            case "J":
+                first = 0 if numbers == "2" else self.row
+                if numbers != "2":
+                    del self.lines[self.row][self.column :]
+                for row in range(first if numbers == "2" else first + 1, self.rows):
+                    self.lines[row] = []
+            case "?h" | "?l":
+                (self.modes.add if final == "h" else self.modes.discard)(numbers)
+                self._wraps = final == "h" if numbers == "7" else self._wraps
+            case _:
+                raise AssertionError(f"the terminal got the sequence {private}{numbers}{final}")
+
+
+def _joined(line: list[str]) -> str:
+    return "".join(line).rstrip()
+
+
+class Terminal:
+    """A program on a terminal. ``raw`` is all that it wrote."""
+
+    def __init__(self, process: trio.Process, master: int, screen: Screen) -> None:
+        self.process = process
+        self.screen = screen
+        self.raw = ""
+        self._master = trio.lowlevel.FdStream(os.dup(master))
+        self._fd = master
+
+    async def type(self, text: str) -> None:
+        """Press these keys."""
+        await self._master.send_all(text.encode())
+
+    async def shows(self, wanted: str | Callable[[str], bool]) -> str:
+        """Read on until the screen shows a text, and return all of its text."""
+        with trio.move_on_after(CAP_S):
+            while not (wanted(self.screen.text()) if callable(wanted) else wanted in self.screen.text()):
+                if not await self._read():
+                    break
+        shown = self.screen.text()
+        assert wanted(shown) if callable(wanted) else wanted in shown, shown
+        return shown
+
+    async def ends(self) -> int:
+        """Read to the end, and return the exit code: negative for a signal."""
+        with trio.fail_after(CAP_S):
+            while await self._read():
+                pass
+            return await self.process.wait()
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the size, of which the program is told by SIGWINCH."""
+        set_size(self._fd, columns, rows)
+        self.screen.columns, self.screen.rows = columns, rows
+        self.screen.lines = (self.screen.lines + [[]] * rows)[:rows]
+
+    async def _read(self) -> bool:
+        try:
+            data = await self._master.receive_some(65536)
+        except trio.BrokenResourceError:  # EIO: the program has closed the terminal
+            return False
+        self.raw += data.decode()
+        self.screen.feed(data.decode())
+        return bool(data)
+
+    async def aclose(self) -> None:
+        await self._master.aclose()
+
+
+@asynccontextmanager
+async def open_terminal(
+    *arguments: str, folder: Path, columns: int = 80, rows: int = 24, **environ: str
+) -> AsyncIterator[Terminal]:
+    """Run ``lastcall`` with these arguments on a terminal; it is killed on leaving."""
+    master, slave = pty.openpty()
+    set_size(master, columns, rows)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("LASTCALL_", "NO_COLOR"))}
+    env = kept | {"TERM": "xterm-256color", "LASTCALL_API_KEY": KEY, "PYTHONIOENCODING": "utf-8"} | environ
+    command = [sys.executable, "-S", "-c", _CONTROLLED, "-m", "service", *arguments]
+    process = await trio.lowlevel.open_process(
+        command, stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=env, start_new_session=True
+    )
+    os.close(slave)
+    terminal = Terminal(process, master, Screen(columns, rows))
+    try:
+        yield terminal
+    finally:
+        process.kill()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CAP_S):
+            await process.wait()
+            await terminal.aclose()
+        os.close(master)
+
+
+def set_size(fd: int, columns: int, rows: int) -> None:
+    """Set the size of a terminal."""
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+# A server
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def get(self, path: str) -> Any:
+        """The JSON of an answer."""
+        return self._answer("GET", path, None)
+
+    def post(self, path: str, body: object) -> Any:
+        """The JSON of an answer."""
+        return self._answer("POST", path, body)
+
+    def _answer(self, method: str, path: str, body: object) -> Any:
+        key = {"Authorization": f"Bearer {KEY}"}
+        answer = httpx.request(method, f"{self.url}{path}", json=body, headers=key, trust_env=False)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+
+@contextmanager
+def serving(folder: Path, settings: Mapping[str, str], *, config: str = "", port: int = 0) -> Iterator[Served]:
+    """Run a server until the block is left: SIGTERM, unless it has ended by then; its exit code must be 0."""
+    (folder / "lastcall.toml").write_text(config)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
+    env |= {"LASTCALL_BIND": f"127.0.0.1:{port}", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_API_KEYS": KEY}
+    env |= {"LASTCALL_STORE_URL": f"sqlite:{folder}/lastcall.db", **settings}
+    log_path = folder / f"server-{port}.log"
+    with log_path.open("wb") as log:
+        command = [sys.executable, "-m", "service", "serve"]
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 4 * CAP_S
+        while (found := re.search(r"Running on (http://[0-9.:]+)", log_path.read_text())) is None:
+            assert process.poll() is None, log_path.read_text()
+            assert time.monotonic() < deadline, log_path.read_text()
+            time.sleep(0.02)
+        yield Served(found[1], process)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=CAP_S) == 0, log_path.read_text()
+    finally:
+        process.kill()
+        process.wait(timeout=CAP_S)

@@ -1,0 +1,405 @@
+"""``lastcall chat`` and ``lastcall sessions``, on a terminal and in pipes, with a real server."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import trio
+
+from service.cli import client_commands
+from service.cli.main import main
+from service.client_settings import ClientSettingsError, read_target
+from service.errors import SettingsError
+from service.settings import Settings, read_sources
+from tests.cli.terminals import KEY, Served, open_terminal, serving
+from tests.clients.surroundings import free_port, open_cutting_proxy
+from tests.docs.test_examples import open_model, program
+from tests.process.lastcall import CAP_S
+
+HOSTILE = (
+    "\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x1b\\\x1b[2J\x1b[H\x9b31m\x08\x08\rover "
+    "\u202egnp.exe\u2066 \u200b\x00 end\n\ttab 世界 é"
+)
+ENDED = re.compile(r"completed · .* · quick")
+SAID = (
+    "You said: “{}” I am a script and not a model, so that is all I can say about it. "
+    "Name a real one in LASTCALL_MODEL_URL and LASTCALL_MODEL, and it answers here."
+)
+CONFIG = f"""
+model = "quick"
+upstreams = [
+  {{ name = "quick", url = "scripted:?rate=400&first_token_s=0", models = ["quick"] }},
+  {{ name = "endless", url = "scripted:?silent_after=3&first_token_s=0", models = ["endless"] }},
+  {{ name = "failing", url = "scripted:?tokens=9&rate=400&fail_after=3", models = ["failing"] }},
+  {{ name = "hostile", url = "scripted:?rate=400&text={quote(HOSTILE)}", models = ["hostile"] }},
+]
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("server"), {}, config=CONFIG) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("LASTCALL_URL", "LASTCALL_API_KEY_FILE", "LASTCALL_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LASTCALL_API_KEY", KEY)
+
+
+@contextlib.contextmanager
+def standard_input(data: bytes) -> Iterator[None]:
+    """A pipe that holds this, as the process's standard input."""
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    before = os.dup(0)
+    os.dup2(read, 0)
+    os.close(read)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+def is_asking(shown: str) -> bool:
+    """Whether the last line asks for a message."""
+    return shown.endswith("\n>")
+
+
+def one_line(shown: str) -> str:
+    """What a screen shows, as it was before the terminal broke its lines."""
+    return shown.replace("\n", "")
+
+
+# In a pipe
+
+
+def test_a_message_from_a_pipe_is_answered_in_plain_text(server: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    with standard_input("What is a\nnürsery?\n".encode()):
+        assert main(["chat", "--url", server.url, "--session", "piped"]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == SAID.format("What is a nürsery?") + "\n"
+    assert printed.err == ""
+    assert server.get("/sessions/piped/turns")["data"][0]["input"] == "What is a\nnürsery?\n"
+
+
+def test_one_message_is_sent_to_the_session_and_the_model_that_are_named(
+    server: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert client_commands.main(["chat", "Hi", "--url", server.url, "--session", "named", "--model", "failing"]) == 1
+    printed = capfd.readouterr()
+    assert printed.out.count("\n") == 1
+    assert printed.err.startswith("lastcall: failed: upstream_error: ")
+    assert client_commands.main(["chat", "Hi", "--url", server.url, "--session", "named", "--json"]) == 0
+    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [events[0]["type"], events[-1]["type"]] == ["turn.started", "turn.completed"]
+    assert "".join(it.get("text", "") for it in events) == SAID.format("Hi")
+    assert [it["model"] for it in server.get("/sessions/named/turns")["data"]] == ["failing", "quick"]
+
+
+def test_a_hostile_reply_is_harmless_and_keeps_its_lines_tabs_and_letters(
+    server: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert client_commands.main(["chat", "Hi", "--url", server.url, "--model", "hostile"]) == 0
+    out = capfd.readouterr().out
+    assert re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069]", out) == []
+    assert out.startswith(r"\x1b]52;c;ZXZpbA==\x07\x1b]0;title")
+    assert out.endswith("end\n\ttab 世界 é\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "told"),
+    [
+        (["chat", "Hi", "--url", "127.0.0.1:1"], KEY, (69, "no server answers at http://127.0.0.1:1 (all attempts")),
+        (["sessions", "--url", "unix:/nowhere"], KEY, (69, "no server answers at unix:/nowhere (")),
+        (["chat", "Hi"], "wrong", (77, "does not accept this API key: set LASTCALL_API_KEY, or name")),
+        (["sessions"], "", (77, "requires an API key: set LASTCALL_API_KEY")),
+        (["sessions", "--after", "nonsense"], KEY, (1, "refused: ")),
+        (["chat", "Hi", "--session", "no/id"], KEY, (1, "refused: ")),
+        (["chat", " "], KEY, (2, "there is no message")),
+        (["chat", "Hi", "--url", "ftp://host"], KEY, (2, "--url: 'ftp://host' should be http://host:port")),
+        (["chat", "Hi", "--api-key-file", "/nowhere"], KEY, (2, "--api-key-file should name a file that holds")),
+        (["chat", "Hi"], "two words", (2, "LASTCALL_API_KEY: a key is one word of ASCII characters")),
+    ],
+)
+def test_an_exit_code_and_one_line_say_what_is_wrong(  # noqa: PLR0917  fixtures
+    arguments: list[str],
+    key: str,
+    told: tuple[int, str],
+    server: Served,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LASTCALL_API_KEY", key)
+    monkeypatch.setenv("LASTCALL_URL", server.url)
+    code, line = told
+    assert client_commands.main(arguments) == code
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert line in printed.err
+    assert printed.err.startswith("lastcall: ")
+    assert printed.err.count("\n") == 1
+    assert key not in printed.err or not key
+
+
+def test_the_key_may_be_in_a_file(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LASTCALL_API_KEY")
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert client_commands.main(["sessions", "--url", server.url, "--api-key-file", "key"]) == 0
+    monkeypatch.setenv("LASTCALL_API_KEY_FILE", "key")
+    assert client_commands.main(["sessions", "--url", server.url]) == 0
+
+
+def test_characters_that_the_locale_does_not_have_are_written_in_others(
+    server: Served, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert client_commands.main(["chat", "Hi", "--url", server.url], encoding="iso8859-1") == 0
+    assert capfd.readouterr().out.startswith('You said: "Hi" I am')
+    arguments = ["chat", "Hi", "--url", server.url, "--model", "hostile"]
+    assert client_commands.main(arguments, encoding="ascii") == 0
+    assert capfd.readouterr().out.endswith("\ttab \\u4e16\\u754c \\xe9\n")
+
+
+def test_the_help_of_a_command_loads_no_server_and_no_event_loop() -> None:
+    code = "import sys; sys.argv = ['lastcall', 'chat', '--help']; from service.__main__ import main\n"
+    code += "try:\n    main()\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "go on with this session" in done.stdout
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert loaded.isdisjoint({"trio", "httpx", "hypercorn", "quart", "pydantic", "structlog", "service.settings"})
+
+
+# Sessions
+
+
+def test_sessions_are_listed_in_pages_and_searched(server: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        server.post("/sessions", {"id": f"walrus-{number}", "title": f"A walrus\u202e {number}"})
+    url = ["--url", server.url]
+    assert main(["sessions", "walrus", *url, "--limit", "2"]) == 0
+    rows = [line.split("\t") for line in capfd.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["walrus-2", "walrus-1"]
+    assert [row[1:4:2] for row in rows] == [["idle", "0"]] * 2
+    assert rows[0][4] == r"A walrus\u202e 2"
+    assert main(["sessions", "walrus", *url, "--limit", "1", "--all", "--json"]) == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [it["id"] for it in found] == ["walrus-2", "walrus-1", "walrus-0"]
+    assert main(["sessions", "gnu", *url]) == 0
+    assert capfd.readouterr().out == ""
+
+
+async def test_a_page_of_sessions_on_a_terminal_says_how_to_get_the_next(server: Served, tmp_path: Path) -> None:
+    url = ["--url", server.url]
+    for name in ("zebra-1", "zebra-2"):
+        server.post("/sessions", {"id": name, "title": f"A zebra of {name}"})
+    async with open_terminal("sessions", "zebra", *url, "--limit", "1", folder=tmp_path, columns=300) as terminal:
+        shown = await terminal.shows("more: lastcall sessions --url")
+        assert await terminal.ends() == 0
+    assert re.search(r"^zebra-2 +[0-9]+ s +0  A zebra of zebra-2$", shown, re.MULTILINE)
+    cursor = re.search(r"--after (\S+) zebra", shown)
+    assert cursor
+    async with open_terminal(
+        "sessions", "zebra", *url, "--after", cursor[1], folder=tmp_path, NO_COLOR="1"
+    ) as terminal:
+        assert await terminal.ends() == 0
+    assert re.search(r"^zebra-1 ", terminal.screen.text(), re.MULTILINE)
+    assert "more:" not in terminal.screen.text()
+    assert "\x1b[" not in terminal.raw
+
+
+# On a terminal
+
+
+async def test_ctrl_c_cancels_the_turn_and_another_one_leaves(server: Served, tmp_path: Path) -> None:
+    arguments = ["chat", "--url", server.url, "--session", "stopped", "--model", "endless"]
+    async with open_terminal(*arguments, folder=tmp_path) as terminal:
+        await terminal.shows(is_asking)
+        assert "2004" in terminal.screen.modes
+        await terminal.type("Talk\r")
+        await terminal.shows("\nYou said")  # and on without an end
+        assert server.get("/sessions/stopped")["status"] == "running"
+        await terminal.type("\x03")
+        await terminal.shows(lambda shown: "cancelled" in shown and is_asking(shown))
+        [turn] = server.get("/sessions/stopped/turns")["data"]
+        assert (turn["state"], turn["reason"]) == ("cancelled", "requested")
+        await terminal.type("\x03")
+        assert await terminal.ends() == 130
+    assert terminal.screen.text().endswith("lastcall chat --session stopped goes on with this conversation")
+    assert "2004" not in terminal.screen.modes
+
+
+class _HangingServer:
+    """A server that takes a message and begins to answer, and does not answer the call that cancels the turn."""
+
+    def __init__(self) -> None:
+        self.asked_to_cancel = trio.Event()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        received = b""
+        async with stream:
+            while b"\r\n\r\n" not in received:
+                received += await stream.receive_some(65536)
+            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
+            if received.startswith(b"GET /sessions"):
+                await stream.send_all(head + b'application/json\r\n\r\n{"data": [], "next": null}')
+            elif received.startswith(b"POST /chat"):
+                begun = {"type": "turn.started", "seq": 1, "session_id": "s", "turn_id": f"turn_{7:032d}", "model": "m"}
+                events = (
+                    f"data: {json.dumps(it)}\n\n" for it in (begun, {"type": "turn.delta", "seq": 2, "text": "So"})
+                )
+                await stream.send_all(head + b"text/event-stream\r\n\r\n" + "".join(events).encode())
+                await trio.sleep_forever()
+            else:
+                self.asked_to_cancel.set()
+                await trio.sleep_forever()
+
+
+async def test_a_second_ctrl_c_leaves_although_the_turn_has_not_ended(tmp_path: Path) -> None:
+    hanging = _HangingServer()
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, hanging.serve, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        async with open_terminal("chat", "--url", url, folder=tmp_path) as terminal:
+            await terminal.shows(is_asking)
+            await terminal.type("Hi\r")
+            await terminal.shows("\nSo")
+            await terminal.type("\x03")
+            with trio.fail_after(CAP_S):
+                await hanging.asked_to_cancel.wait()
+            await terminal.type("\x03")
+            assert await terminal.ends() == 130
+        nursery.cancel_scope.cancel()
+
+
+async def test_two_terminals_follow_one_turn_and_another_session_is_another_conversation(
+    server: Served, tmp_path: Path
+) -> None:
+    shared = ["chat", "--url", server.url, "--session", "shared"]
+    async with (
+        open_terminal(*shared, "--model", "endless", folder=tmp_path) as first,
+        open_terminal("chat", "--url", server.url, "--session", "other", folder=tmp_path) as other,
+    ):
+        await first.shows(is_asking)
+        await first.type("Talk to both\r")
+        await first.shows("\nYou said")
+        async with open_terminal(*shared, folder=tmp_path) as second:
+            await second.shows("> Talk to both\nYou said")
+            await second.type("\x03")
+            await second.shows(lambda shown: "cancelled" in shown and is_asking(shown))
+            await first.shows("cancelled")
+            await second.type("\x1b[A")  # the message before, to change it
+            await second.shows("\n> Talk to both")
+            await second.type("\x15\x04")
+            assert await second.ends() == 0
+        await other.shows(is_asking)
+        await other.type("Hi\r")
+        shown = await other.shows(lambda shown: ENDED.search(shown) is not None)
+        assert SAID.format("Hi") in one_line(shown)
+        assert "both" not in shown
+
+
+async def test_a_hostile_reply_does_nothing_to_the_terminal(server: Served, tmp_path: Path) -> None:
+    async with open_terminal("chat", "--url", server.url, "--model", "hostile", folder=tmp_path) as terminal:
+        await terminal.shows(is_asking)
+        await terminal.type(
+            "\x1b[200~pasted\r\x1b[31m\x1b[201~\r"
+        )  # the screen fails at a sequence that it does not know
+        shown = await terminal.shows("completed")
+        assert r"\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x1b" in shown
+        assert "31" not in terminal.screen.styles
+        assert "end\n        tab 世界 é" in shown
+        await terminal.type("\x04")
+        assert await terminal.ends() == 0
+
+
+async def test_a_lost_connection_is_told_and_the_reply_goes_on_where_it_was(server: Served, tmp_path: Path) -> None:
+    async with open_cutting_proxy(server.port, cut_after_seq=9) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}"
+        async with open_terminal("chat", "--url", url, folder=tmp_path, columns=50) as terminal:
+            await terminal.shows(is_asking)
+            await terminal.type("What is a nursery?\r")
+            await terminal.shows("connection lost: ")
+            shown = await terminal.shows(lambda it: "connection lost, and resumed (1)" in one_line(it))
+            assert f"> What is a nursery?{SAID.format('What is a nursery?')}completed" in one_line(shown)
+            await terminal.type("\x04")
+            assert await terminal.ends() == 0
+
+
+async def test_a_reply_goes_on_after_a_restart_of_the_server_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
+    async with open_model() as model:
+        settings = {"LASTCALL_MODEL_URL": model.url, "LASTCALL_MODEL": "example", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
+        settings |= {"LASTCALL_MODEL_CONTINUATION": "trailing"}
+        port = free_port()
+        url = ["--url", f"127.0.0.1:{port}"]
+        with serving(tmp_path, settings, port=port) as server:
+            async with (
+                open_terminal("chat", *url, "--session", "seen", folder=tmp_path) as terminal,
+                program("-m", "service", "chat", "Count", *url, "--session", "piped", folder=tmp_path) as (
+                    piped,
+                    output,
+                ),
+            ):
+                await terminal.shows(is_asking)
+                await terminal.type("Count\r")
+                for _ in range(2):
+                    await (await model.asked("Count")).say("one-two-three-\nfour-five-", "six-")
+                await terminal.shows("\nfour-five-six-")
+                await output.until("one-two-three-\n")
+                server.process.send_signal(signal.SIGTERM)
+                await terminal.shows("connection lost: ")
+                await output.until("lastcall: connection lost [^\n]*\n")
+                assert server.process.wait(timeout=CAP_S) == 0
+                with serving(tmp_path, settings, port=port) as again:
+                    for _ in range(2):
+                        reply = await model.asked("six-")  # the text so far, to be gone on with
+                        await reply.say("seven")
+                        await reply.end()
+                    shown = await terminal.shows("connection lost, and resumed (1)")
+                    assert "\n> Count\none-two-three-\nfour-five-six-seven\ncompleted" in shown
+                    last = await output.until("lastcall: the server is back, and the reply goes on\n.*seven\n")
+                    assert last.endswith("goes on\nfour-five-six-seven\n")
+                    assert await piped.wait() == 0
+                    texts = [again.get(f"/sessions/{it}/turns")["data"][0]["text"] for it in ("seen", "piped")]
+                    assert texts == ["one-two-three-\nfour-five-six-seven"] * 2
+
+
+# Without a server
+
+
+def test_the_server_is_the_one_that_the_settings_bind(tmp_path: Path) -> None:
+    def url(text: str = "", **environ: str) -> str:
+        (tmp_path / "lastcall.toml").write_text(text)
+        return read_target(environ={f"LASTCALL_{name}": value for name, value in environ.items()}).shown
+
+    bind = Settings.model_fields["bind"].default
+    assert url() == f"http://{bind}"
+    assert url('bind = "0.0.0.0:81"') == "http://127.0.0.1:81"
+    assert url('bind = "[::]:81"\ntls_certfile = "x"') == "https://[::1]:81"
+    assert url('bind = "0.0.0.0:81"', BIND="host:82") == "http://host:82"
+    assert url(BIND="unix:/run/lastcall.sock") == "unix:/run/lastcall.sock"
+    assert url(BIND="host:82", URL="https://example.com/ai/") == "https://example.com/ai"
+    for text in ("bind = 1", 'bind = "127.0.0.1:0"', "bind ="):
+        with pytest.raises(ClientSettingsError, match="use --url"):
+            url(text)
+
+
+def test_a_server_takes_no_client_s_key_for_its_own() -> None:
+    assert read_sources({"LASTCALL_URL": "http://host", "LASTCALL_API_KEY": ""}).settings() == Settings()
+    with pytest.raises(SettingsError, match="LASTCALL_API_KEY: is what clients send; the keys"):
+        read_sources({"LASTCALL_API_KEY": "a-key-of-a-client"}).settings()
+    both = {"LASTCALL_API_KEY": "a-key-of-a-client", "LASTCALL_API_KEYS": "a-key-of-the-server"}
+    assert len(read_sources(both).settings().api_keys) == 1
