@@ -96,6 +96,11 @@ scale sessions="1000000" messages="1000000":
 bench *args:
     @{{ uv }} run --group bench python -m bench "$@"
 
+# check the files for Kubernetes and Docker Compose in deploy/ against the schemas of these programs, which are installed for it
+manifests:
+    {{ uv }} tool run --quiet "check-jsonschema>=0.39" --builtin-schema vendor.compose-spec deploy/compose.yaml
+    {{ uv }} tool run --quiet --from "kubernetes-validate>=1.37" kubernetes-validate --strict deploy/kubernetes.yaml deploy/kubernetes-replicas.yaml
+
 # count what a token and a start execute, and warn where it is 15 % more than recorded; `--record` renews the record
 hot-path *args:
     @{{ uv }} run python -m bench.hot_path "$@"

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.contenders import CONTENDERS, FACES, choose
-from bench.machine import Machine, choose_cpus, describe_machine, look_at_machine
+from bench.machine import Machine, choose_cpus, describe_busyness, describe_machine, look_at_machine
 from bench.pairs import Comparison, compare, ratio_table
 from bench.relay import MODES
 from bench.revisions import RevisionError, open_versions, sides, split
@@ -159,7 +159,8 @@ def _report(programme: Programme, machine: Machine, rows: list[Any], out: Path) 
         report = write_markdown(machine, rows, cap_s=programme.cap_s, plotted=plotted)
         return f"{report}\n{ratios}" if ratios else report
     tables = [TABLES[programme.scenario].write(rows), *([ratios] if ratios else [])]
-    return "\n".join([*tables, f"{describe_machine(machine)}\n"])
+    busy = describe_busyness(rows)
+    return "\n".join([*tables, *([f"{busy}\n"] if busy else []), f"{describe_machine(machine)}\n"])
 
 
 def _plot(programme: Programme, rows: list[Any], out: Path) -> bool:

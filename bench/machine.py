@@ -5,16 +5,19 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import trio
 
+from bench.database import binaries
+
 _PACKAGES = (
-    *("trio", "hypercorn", "quart-trio", "quart", "h11", "httpx", "msgspec"),
+    *("trio", "hypercorn", "quart-trio", "quart", "h11", "httpx", "msgspec", "apsw", "psycopg"),
     *("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "orjson", "sse-starlette"),
 )
 BUSY_SHARE_MAX = 0.1
@@ -53,7 +56,7 @@ def look_at_machine(*, server_cpus: str | None, client_cpus: str | None) -> Mach
         kernel=platform.release(),
         python=sys.version.split()[0],
         node=_output(("node", "--version")) if shutil.which("node") else None,
-        versions={name: found for name in _PACKAGES if (found := _version(name))},
+        versions={name: found for name in _PACKAGES if (found := _version(name))} | _version_of_postgres(),
         load_average=os.getloadavg(),
         server_cpus=server_cpus,
         client_cpus=client_cpus,
@@ -68,6 +71,14 @@ def describe_machine(machine: Machine) -> str:
         f"Python {machine.python}, node {machine.node or 'absent'}. Server on core {machine.server_cpus}, clients and "
         f"model server on {machine.client_cpus}. Load average at the start {machine.load_average[0]:.1f}. {versions}."
     )
+
+
+def describe_busyness(rows: Iterable[Any]) -> str:
+    """Return a sentence if other processes used much of the machine before one of these rows was measured."""
+    busiest = max((getattr(row, "busy_before", None) or 0 for row in rows), default=0)
+    if busiest <= BUSY_SHARE_MAX:
+        return ""
+    return f"**The machine was busy**: before a run, others used up to {busiest:.0%} of it. Figures are upper bounds."
 
 
 def choose_cpus() -> tuple[str | None, str | None]:
@@ -100,6 +111,11 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _version_of_postgres() -> dict[str, str]:
+    programs = binaries()
+    return {} if programs is None else {"PostgreSQL": _output((str(programs / "postgres"), "--version")).split()[2]}
 
 
 def _output(command: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from rich.table import Table
 
-from bench.machine import BUSY_SHARE_MAX, Machine, describe_machine
+from bench.machine import Machine, describe_busyness, describe_machine
 from bench.rows import Summary, summarize
 from bench.shutdown import ShutdownRow
 
@@ -109,20 +109,13 @@ def write_markdown(machine: Machine, rows: Sequence[ShutdownRow], *, cap_s: floa
         "# Shutdown under load",
         _HEAD.format(cap_s=cap_s),
         describe_machine(machine),
-        _describe_busyness(rows),
+        describe_busyness(rows),
         "![Shutdown latency by number of streams](shutdown.svg)" if plotted else "",
         *(_describe_case(case, cells) for case, cells in cells_of(rows).items()),
         _LEGEND,
         _describe_settings(rows),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _describe_busyness(rows: Sequence[ShutdownRow]) -> str:
-    busiest = max((row.busy_before for row in rows), default=0)
-    if busiest <= BUSY_SHARE_MAX:
-        return ""
-    return f"**The machine was busy**: before a run, others used up to {busiest:.0%} of it. Figures are upper bounds."
 
 
 def _describe_case(case: str, cells: Sequence[Cell]) -> str:
