@@ -32,7 +32,7 @@ class Caller:
 
 PLAIN = Caller()
 """A caller with a plain key, one without a name."""
-LOCAL = Caller(may=frozenset(("talk", "read", "administer")))
+LOCAL = Caller(may=frozenset(("talk", "read", "administer", "metrics")))
 """A caller without a key, on a server without keys: this machine's own user."""
 
 

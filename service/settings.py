@@ -49,7 +49,7 @@ OPTIONS = {"bind": "bind", "store_url": "store"}
 """Settings that the command line may say, and what its option is called."""
 SECRETS = frozenset({"api_key", "api_keys", "key", "key_sha256", "model_api_key"})
 """Settings whose values are never shown."""
-Permission = Literal["talk", "read", "administer"]
+Permission = Literal["talk", "read", "administer", "metrics"]
 """What a key may do: see :mod:`service.api.http.callers`."""
 UNIX_PEERS = "unix:"
 """An entry of ``trusted_proxies``: every peer that connects through a Unix socket."""
@@ -124,7 +124,7 @@ def _listening_address(text: str) -> str:
     raise ValueError("should be host:port ([address]:port for IPv6) or unix:path; port 0 takes a free one")
 
 
-def _peer_address(text: str) -> str:
+def _host_and_port(text: str) -> str:
     host, port = split_host_port(text)
     if re.fullmatch(r"[0-9]{1,5}", port) and int(port) <= 65535 and _is_host(host):
         return text
@@ -289,7 +289,7 @@ def _several(value: object) -> object:
 
 def _permissions(may: tuple[Permission, ...]) -> tuple[Permission, ...]:
     if not may:
-        raise ValueError('should be at least one of "talk", "read" and "administer"')
+        raise ValueError('should be at least one of "talk", "read", "administer" and "metrics"')
     return may
 
 
@@ -391,7 +391,7 @@ class Settings(BaseModel):
     """Certificate chain (PEM); together with `tls_keyfile`. Bare hypercorn has its own `--certfile` instead."""
     tls_keyfile: Name | None = None
     """The certificate's private key (PEM). Bare hypercorn has its own `--keyfile` instead."""
-    peer_bind: Annotated[str, AfterValidator(_peer_address)] | None = None
+    peer_bind: Annotated[str, AfterValidator(_host_and_port)] | None = None
     """Where to listen for the other replicas of a PostgreSQL store: `host:port`, one port for all workers, with TLS and
     the three files below. Unless set, requests are forwarded within one machine only."""
     peer_url: Annotated[str, AfterValidator(_peer_url)] | None = None
@@ -423,6 +423,9 @@ class Settings(BaseModel):
     """The least severe level that is logged: `debug`, `info`, `warning` or `error`."""
     log_format: Annotated[Literal["auto", "console", "json"], BeforeValidator(_lowercase)] = "auto"
     """`auto` is `console` on a terminal and `json`, one line for each event, elsewhere."""
+    metrics_bind: Annotated[str, AfterValidator(_host_and_port)] | None = None
+    """Where `/metrics` alone is served, without a key: `host:port`, one port for all workers; port 0 takes a free one.
+    Unless set, `/metrics` is among the other calls, and wants a key that may read it."""
     access_log: Annotated[Literal["off", "on"], BeforeValidator(_lowercase)] = "off"
     """Whether each request has a line in the log."""
 

@@ -35,6 +35,8 @@ from service.sessions.sessions import Sessions
 from service.sessions.statistics import SessionsStatistics
 from service.settings import Settings
 from service.stop_state import Phase, StopState
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 logger = structlog.get_logger("lastcall.shutdown")
 
@@ -123,6 +125,15 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def clean(self) -> bool:
         return not self.faults
+
+    def count(self, metrics: Metrics) -> None:
+        """Count the shutdown, for the workers that serve on."""
+        metrics.add_gaps()
+        metrics.add(families.SHUTDOWNS, "clean" if self.clean else "faults")
+        metrics.add(families.TASKS_LEFT, by=self.tasks_left)
+        metrics.add(families.STREAMS_CUT, by=self.streams_aborted)
+        for phase, took_ms in self.phases_ms.items():
+            metrics.observe(families.SHUTDOWN_PHASE, phase, value=took_ms / 1000)
 
     def log(self) -> None:
         """Log the report: the last line of every shutdown."""

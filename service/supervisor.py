@@ -17,6 +17,7 @@
        ├─ checkpoint loop    only with a store that outlives the process
        ├─ key loop           reads API keys again when their files change
        ├─ refusal loop       tells how many requests were refused, once a second
+       ├─ metrics loop       measures what is not counted where it happens, once a second
        ├─ standing watcher   ends the service once another process has taken over its turns
        ├─ tree keeper        forgets what the live tree has mirrored, once nobody looks any more
        └─ shutdown watcher   waits for the notice, then runs the phases
@@ -39,6 +40,7 @@ from service.api_keys import ApiKeys
 from service.clock import Clock, SteadyClock
 from service.cluster.peer_transport import PeerTransport
 from service.errors import StartupError, StoreError, StoreLostError
+from service.gauges import Gauges
 from service.models.client import ModelClient
 from service.models.http.read_poller import open_read_poller
 from service.models.model_catalog import ModelCatalog
@@ -58,6 +60,7 @@ from service.storage.memory import open_memory_store
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 from service.telemetry.live_tree import LiveTree
+from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.refusal_log import RefusalLog
 from service.telemetry.tree_nodes import Node, Notes
 
@@ -77,6 +80,7 @@ class Service:
     refusals: RefusalLog
     keys: ApiKeys
     tree: LiveTree
+    gauges: Gauges
 
 
 @asynccontextmanager
@@ -88,6 +92,7 @@ async def open_service(
     peer_address: str | None = None,
     peers: PeerTransport | None = None,
     read_sources: Callable[[], Sources] | None = None,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Service]:
     """Open the whole service. Leaving the context stops and closes each part within a bound of its own.
 
@@ -97,18 +102,20 @@ async def open_service(
         peer_address: The address at which this process answers other processes that share the store.
         peers: How it reaches them; only through Unix sockets unless given.
         read_sources: Reads the settings again, for API keys that change; None if they never do.
+        metrics: Counts what happens, also after the service is closed; of this service alone unless given.
 
     Raises:
         StartupError: A part cannot be opened; one sentence names the part and the reason.
     """
     shutdown = shutdown or Shutdown(settings)
     clock = clock or SteadyClock()
-    refusals = RefusalLog()
+    metrics = metrics or Metrics(models=models_of(settings))
+    refusals = RefusalLog(metrics)
     keys = ApiKeys(settings, read_sources=read_sources)
     tree = LiveTree()
     async with (
-        shutdown.closing(_open_store(settings, peer_address), "the store") as store,
-        _open_upstreams(settings, shutdown, clock, tree) as upstreams,
+        shutdown.closing(_open_store(settings, peer_address, metrics), "the store") as store,
+        _open_upstreams(settings, shutdown, clock, tree, metrics) as upstreams,
         open_sessions(
             store=store,
             client_for=upstreams.client_for,
@@ -116,6 +123,7 @@ async def open_service(
             settings=settings,
             stop=shutdown,
             transport=peers,
+            metrics=metrics,
         ) as sessions,
         trio.open_nursery() as nursery,
     ):
@@ -128,6 +136,7 @@ async def open_service(
             clock=clock,
             interval_s=settings.expiry_interval_s,
             store_timeout_s=settings.store_timeout_s,
+            metrics=metrics,
         )
         await nursery.start(expiry, name="expiry loop")
         await nursery.start(run_heartbeats, sessions.streams, name="heartbeat loop")
@@ -146,11 +155,13 @@ async def open_service(
             await nursery.start(checkpoints, name="checkpoint loop")
         await nursery.start(_run_until_lost, store, sessions, name="standing watcher")
         await nursery.start(refusals.run, name="refusal loop")
+        gauges = Gauges(metrics, store=store, sessions=sessions, clients=upstreams.clients, clock=clock)
+        await nursery.start(gauges.run, name="metrics loop")
         await nursery.start(shutdown.run, sessions, name="shutdown watcher")
         await nursery.start(keys.run, name="key loop")
         await nursery.start(tree.run, name="tree keeper")
         models = ModelCatalog(upstreams, default_model=settings.default_model)
-        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys, tree)
+        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys, tree, gauges)
         nursery.cancel_scope.cancel()
 
 
@@ -168,7 +179,13 @@ def check_script(url: str, *, setting: str) -> None:
     Script.from_url(url, setting=setting)
 
 
-def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncContextManager[Store]:
+def models_of(settings: Settings) -> set[str]:
+    """The models that the settings name: of those that callers name, only these are told in the metrics."""
+    named = {model for upstream in settings.all_upstreams for model in upstream.models}
+    return named if settings.title_model is None else named | {settings.title_model}
+
+
+def _open_store(settings: Settings, peer_address: str | None, metrics: Metrics) -> AbstractAsyncContextManager[Store]:
     """Open the store that ``store_url`` names."""
     match settings.store_scheme:
         case "memory":
@@ -177,7 +194,9 @@ def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncCo
             from service.storage.sqlite import open_sqlite_store  # noqa: PLC0415  a memory store needs no SQLite
 
             path = settings.store_url.removeprefix("sqlite:")
-            return open_sqlite_store(path, address=peer_address, close_timeout_s=settings.release_timeout_s)
+            return open_sqlite_store(
+                path, address=peer_address, close_timeout_s=settings.release_timeout_s, metrics=metrics
+            )
         case "postgresql":
             try:
                 from service.storage.postgres import open_postgres_store  # noqa: PLC0415  only this store needs psycopg
@@ -188,6 +207,7 @@ def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncCo
                 schema_name=settings.store_schema,
                 address=peer_address,
                 close_timeout_s=settings.release_timeout_s,
+                metrics=metrics,
             )
         case scheme:
             raise AssertionError(scheme)
@@ -195,7 +215,7 @@ def _open_store(settings: Settings, peer_address: str | None) -> AbstractAsyncCo
 
 @asynccontextmanager
 async def _open_upstreams(
-    settings: Settings, shutdown: Shutdown, clock: Clock, tree: LiveTree
+    settings: Settings, shutdown: Shutdown, clock: Clock, tree: LiveTree, metrics: Metrics
 ) -> AsyncIterator[Upstreams]:
     """Open one model client per upstream, each with its own connection pool.
 
@@ -218,13 +238,14 @@ async def _open_upstreams(
                 poller=poller,
                 continuation=upstream.continuation,
                 logs_words=settings.upstream_words != "caller",
+                metrics=metrics,
             )
         client = await clients.enter_async_context(
             shutdown.closing(opened, f"the model client {name or shown_url(url)}")
         )
         if isinstance(client, OpenAICompatibleClient):
             tree.add_source(client.describe)
-        return RetryingClient(client, retries_max=settings.model_retries_max)
+        return RetryingClient(client, retries_max=settings.model_retries_max, metrics=metrics)
 
     async with open_read_poller() as poller, AsyncExitStack() as clients:
         if settings.upstreams:

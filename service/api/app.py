@@ -1,6 +1,6 @@
 """The application: its routes, and the checks and headers of every request."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, cast
 
@@ -10,12 +10,14 @@ from quart.sessions import NullSession, SessionInterface
 from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
+from werkzeug.exceptions import NotFound
 from werkzeug.routing import MapAdapter
 
 from service.api.http.admin_access import PATHS as ADMIN_PATHS
 from service.api.http.admin_access import check_no_other_page, protect
 from service.api.http.app_state import (
     HISTORY_BYTES_MAX,
+    METRICS_ONLY,
     attach,
     current_access,
     current_service,
@@ -45,9 +47,10 @@ from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
 from service.api.openai import chat_completions, conversations, models, responses
 from service.api.openai.errors import is_path_of_openai, openai_error_response
-from service.api.operator import console, health, tree
+from service.api.operator import console, health, metrics, tree
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError, ShuttingDownError, StoreError
+from service.settings import Permission
 from service.telemetry.log_context import log_context
 from service.telemetry.refusal_log import causes_of
 
@@ -164,7 +167,7 @@ def create_app() -> Application:
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
     for module in (sessions, turns, chat, responses, conversations, chat_completions, models):
         app.register_blueprint(module.blueprint)
-    for module in (health, tree, page, console):
+    for module in (health, metrics, tree, page, console):
         app.register_blueprint(module.blueprint)
     app.register_error_handler(Exception, _answer_error)  # for web sockets
     return app
@@ -172,6 +175,10 @@ def create_app() -> Application:
 
 async def _admit(request: Request) -> TrioResponse | None:
     """Let a request pass to its handler, or answer it here."""
+    if METRICS_ONLY in request.scope:
+        if request.blueprint not in (metrics.blueprint.name, None):
+            raise NotFound
+        return None  # without a blueprint it is no call at all
     settings = current_service().settings
     is_admin = request.path.startswith(ADMIN_PATHS)
     if is_admin and not is_from_peer():
@@ -182,10 +189,12 @@ async def _admit(request: Request) -> TrioResponse | None:
     is_probe = request.blueprint == health.blueprint.name
     needs_no_key = is_probe or request.blueprint in _WITHOUT_DATA
     access = current_access()
+    of_operators: tuple[Permission, ...] = ("administer",) if is_admin else ()
+    needs = _needed(request) or of_operators
     if is_from_peer():
         if not needs_no_key:
             caller = caller_at_peer(request.headers.get(CALLER.decode()))
-            admit(request, caller, needed="administer" if is_admin else None)
+            admit(request, caller, needs=needs)
     elif not (needs_no_key and access.needs_key):
         caller = access.check(
             authorization=request.headers.get("Authorization"),
@@ -196,10 +205,17 @@ async def _admit(request: Request) -> TrioResponse | None:
             proxy_header=None if is_probe or access.needs_key else proxy_header(request.scope["headers"]),
         )
         if not needs_no_key:
-            admit(request, caller, needed="administer" if is_admin else None)
+            admit(request, caller, needs=needs)
     if request.query_string and not is_probe and request.endpoint is not None:
         _refuse_query(current_app.view_functions[request.endpoint])
     return None
+
+
+def _needed(request: Request) -> Collection[Permission]:
+    """The permissions that a call names itself."""
+    if request.endpoint is None:
+        return ()
+    return operation_of(current_app.view_functions[request.endpoint]).needs
 
 
 async def _answer_any(error: Exception) -> TrioResponse:
@@ -238,6 +254,7 @@ async def _answer_error(error: Exception) -> TrioResponse:
 def _note_refusal(app: Quart, refusal: Refusal, *, route: str | None = None) -> None:
     """Count a refusal for the log, which says of the store why it refuses. What callers sent is not in it."""
     status = refusal.problem.status
+    refusals_of(app).count(refusal.problem.code)
     if status == 500:
         return  # has a line of its own, with a traceback
     fields: dict[str, object] = {"status": status}

@@ -34,6 +34,7 @@ from service.hosting.listeners.bind import given_sockets
 from service.hosting.listeners.closing import DeferredTermination, ListenerShutdown
 from service.hosting.listeners.listeners import ACCEPTED_MAX, SHARED_ACCEPTED_MAX, Listeners
 from service.hosting.listeners.peer_port import PeerDoor
+from service.hosting.metrics_listener import open_metrics_listener
 from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
@@ -42,9 +43,11 @@ from service.settings import Settings, check_stand_in, ignored_variables
 from service.shutdown import PHASE_MARGIN_S, Host, Shutdown
 from service.steps import Steps
 from service.stop_state import Phase
-from service.supervisor import Service, open_service
+from service.supervisor import Service, models_of, open_service
 from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
+from service.telemetry.metrics.memory import Memory
+from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall")
@@ -145,6 +148,10 @@ class Hosting(Host):
         self._peer_door = PeerDoor()
         self._listener_shutdown = ListenerShutdown(worker, self._listeners, self._peer_door)
         app.extensions[SUCCESSORS] = lambda: worker.master.successors if worker.master is not None else ()
+        master = worker.master
+        self._metrics = Metrics(
+            Memory(master.open_metrics_file() if master is not None else None), models=models_of(settings)
+        )
         self._peer_address: str | None = None
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
@@ -208,7 +215,11 @@ class Hosting(Host):
                     peer_address=peers.address if peers else None,
                     peers=PeerTransport(peers.certificates) if peers else None,
                     read_sources=self._app.extensions.get(READ_SOURCES),
+                    metrics=self._metrics,
                 ) as service,
+                open_metrics_listener(
+                    self._worker, self._connections, serving=self._listeners.open, settings=self._settings
+                ),
             ):
                 if peers is not None:
                     self._peer_address = peers.address
@@ -366,6 +377,7 @@ class Hosting(Host):
         report = self._shutdown.report(tasks_left=left)
         refusals_of(self._app).flush()
         report.log()
+        report.count(self._metrics)
         code = ExitCode.CRASHED if crash else ExitCode.CLEAN if report.clean else ExitCode.FAULTS
         if not self._closed.is_set():
             leave(code)

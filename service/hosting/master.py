@@ -37,6 +37,7 @@ from service.errors import StartupError
 from service.hosting.hypercorn.patches import install_in_command_line
 from service.hosting.listeners.bind import bind_addresses
 from service.hosting.listeners.peer_port import share_peer_port
+from service.hosting.listeners.shared_port import METRICS_PORT
 from service.hosting.peer_listener import check_sharing
 from service.hosting.process.early_stop import deliver_hangups
 from service.hosting.process.process_exit import ExitCode, leave, refuse_to_start, say
@@ -93,6 +94,8 @@ def run(settings: Settings, config: Config) -> NoReturn:
         bind_addresses(config)
         if config.workers:
             share_peer_port(config, settings)
+            if settings.metrics_bind is not None:
+                METRICS_PORT.share(config, settings.metrics_bind)
     except StartupError as error:
         refuse_to_start(error)
     if config.workers == 0:
@@ -127,7 +130,8 @@ class Workers:
         self._sockets = sockets
         self._stop_timeout_s = stop_timeout_s
         self._start = start
-        self._status_file = SharedFile(os.memfd_create("lastcall-worker-status"))
+        # What the workers share: their status in its locks, their metrics in its content.
+        self._status_file = SharedFile(os.memfd_create("lastcall-workers"))
         self._workers: list[WorkerProcess] = []
         self._generation = 0
         self._failed_generation = -1

@@ -60,6 +60,10 @@ class MasterLink(Master):
     def open_status_file(self) -> int | None:
         return open_common_file(f"/proc/self/fd/{self._status_file}")
 
+    def open_metrics_file(self) -> int | None:
+        """Open the same file: the status of workers is in its locks, and their metrics are its content."""
+        return self.open_status_file()
+
     @property
     def leaves(self) -> bool:
         return self._told is Message.LEAVE

@@ -363,6 +363,18 @@ class ModelClient(Protocol):
 
 
 @runtime_checkable
+class CountsConnections(Protocol):
+    """A model client that has connections."""
+
+    @property
+    def name(self) -> str: ...
+
+    def count_connections(self) -> tuple[int, int]:
+        """How many connections are open: those with a request, and those without one."""
+        ...
+
+
+@runtime_checkable
 class ListsModels(Protocol):
     """A model client whose server can tell which models it has."""
 

@@ -49,6 +49,8 @@ from service.models.parameters import parameters_of
 from service.models.upstream_errors import ErrorReply, RetryHints, error_from_reply, error_from_status
 from service.steps import Steps, in_steps
 from service.telemetry.log_context import add_to_log_context
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.tree_nodes import Notes
 
 _HOST = re.compile(rb"[0-9a-fA-F:.]+(%[\w.-]+)?|([\w-]{1,63}\.)*[\w-]{1,63}\.?")
@@ -85,6 +87,7 @@ async def open_openai_compatible(
     poller: ReadPoller | None = None,
     continuation: Form = "none",
     logs_words: bool = False,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator["OpenAICompatibleClient"]:
     """Open a client with one connection pool; leaving closes every connection, within a second.
 
@@ -101,6 +104,7 @@ async def open_openai_compatible(
         poller: Waits for the replies of all turns, where they are relayed; None if each task waits by itself.
         continuation: How the server is asked to go on with a reply that was cut off.
         logs_words: Whether the log may quote what the server sent: it may be a part of a conversation.
+        metrics: Counts the connections.
 
     Raises:
         SettingsError: The URL or the key cannot be used; the message shows neither password nor key.
@@ -115,6 +119,7 @@ async def open_openai_compatible(
         poller=poller,
         continuation=continuation,
         logs_words=logs_words,
+        metrics=metrics,
     )
     try:
         yield client
@@ -138,6 +143,7 @@ class OpenAICompatibleClient:
         poller: ReadPoller | None = None,
         continuation: Form = "none",
         logs_words: bool = False,
+        metrics: Metrics | None = None,
     ) -> None:
         url_setting, key_setting = (
             (f"upstreams.{name}.url", f"upstreams.{name}.api_key") if name else ("model_url", "model_api_key")
@@ -175,11 +181,16 @@ class OpenAICompatibleClient:
             idle_max=_IDLE_MAX,
             idle_expiry_s=_IDLE_EXPIRY_S,
             poller=poller,
+            when_connected=partial((metrics or Metrics()).add, families.UPSTREAM_OPENED, self._name),
         )
 
     @property
     def name(self) -> str:
         return self._name
+
+    def count_connections(self) -> tuple[int, int]:
+        """See :class:`~service.models.client.CountsConnections`."""
+        return self._transport.count_connections()
 
     async def aclose(self) -> None:
         await self._transport.aclose()

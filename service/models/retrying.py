@@ -14,6 +14,7 @@ from stamina.instrumentation import RetryDetails
 from service.errors import ModelError
 from service.models.client import (
     NO_OPTIONS,
+    CountsConnections,
     ListedModel,
     ListsModels,
     ModelClient,
@@ -25,6 +26,8 @@ from service.models.client import (
     Usage,
     total_usage,
 )
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 _WAIT_INITIAL_S = 0.25
 _WAIT_MAX_S = 4.0
@@ -46,10 +49,12 @@ class RetryingClient:
     Args:
         client: The wrapped client. Closing the wrapper closes it.
         retries_max: How many times to ask again.
+        metrics: Counts the attempts.
     """
 
-    def __init__(self, client: ModelClient, *, retries_max: int) -> None:
+    def __init__(self, client: ModelClient, *, retries_max: int, metrics: Metrics | None = None) -> None:
         self._client = client
+        self._metrics = metrics or Metrics()
         self._attempts = retries_max + 1
         # stamina's hooks hold for the whole process. Its default hooks write the call's (empty) arguments to the log
         # and a metric of another shape than ours.
@@ -61,7 +66,7 @@ class RetryingClient:
 
     def stream(self, request: ModelRequest) -> AbstractAsyncContextManager[ModelStream]:
         """See :class:`~service.models.client.ModelClient`."""
-        return _RetriedStream(self._client, request, attempts=self._attempts)
+        return _RetriedStream(self._client, request, attempts=self._attempts, metrics=self._metrics)
 
     def can_continue(self, text: str, options: Options = NO_OPTIONS) -> bool:
         """See :class:`~service.models.client.ModelClient`."""
@@ -70,6 +75,10 @@ class RetryingClient:
     async def list_models(self) -> Sequence[ListedModel]:
         """The models that the wrapped client's server lists; none if it cannot. Asked once."""
         return await self._client.list_models() if isinstance(self._client, ListsModels) else ()
+
+    def count_connections(self) -> tuple[int, int]:
+        """See :class:`~service.models.client.CountsConnections`; none if the wrapped client has none."""
+        return self._client.count_connections() if isinstance(self._client, CountsConnections) else (0, 0)
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -81,9 +90,10 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
     A class, because a generator and an exit stack would stay in memory for the whole reply.
     """
 
-    __slots__ = ("_attempts", "_client", "_entered", "_failed_with", "_request", "_spent")
+    __slots__ = ("_attempts", "_client", "_entered", "_failed_with", "_metrics", "_request", "_spent")
 
-    def __init__(self, client: ModelClient, request: ModelRequest, *, attempts: int) -> None:
+    def __init__(self, client: ModelClient, request: ModelRequest, *, attempts: int, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._client = client
         self._request: ModelRequest | None = request
         self._attempts = attempts
@@ -111,12 +121,26 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
                 if failure is not None:
                     first, failure = failure, None
                     raise first
+                self._metrics.add(families.UPSTREAM_RETRIES, self._client.name, self._failed_with)
                 if request.notes is not None:
                     request.notes.note_repeat(self._failed_with)
                 return await self._attempt(request)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _attempt(self, request: ModelRequest) -> ModelStream:
+        """Begin a stream, and count how that went."""
+        result = "abandoned"
+        try:
+            stream = await self._begin(request)
+            result = "ok"
+            return stream
+        except ModelError as error:
+            result = error.code
+            raise
+        finally:
+            self._metrics.add(families.UPSTREAM_CALLS, self._client.name, result)
+
+    async def _begin(self, request: ModelRequest) -> ModelStream:
         entered = self._client.stream(request)
         try:
             stream = await entered.__aenter__()

@@ -36,6 +36,11 @@ class Upstreams:
         """The models that are known by name, in the settings' order."""
         return tuple(self._by_model)
 
+    @property
+    def clients(self) -> tuple[ModelClient, ...]:
+        """Each client once."""
+        return tuple(dict.fromkeys([*self._by_model.values(), *([self._default] if self._default else [])]))
+
     def client_for(self, model: str) -> ModelClient:
         """The client that serves a model.
 

@@ -84,6 +84,7 @@ from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import add_to_log_context
+from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall.sessions")
@@ -128,16 +129,20 @@ class Sessions:
         settings: Settings,
         stop: StopState,
         transport: PeerTransport,
+        metrics: Metrics,
     ) -> None:
         self._nursery = nursery
         self._store = store
         self._client_for = client_for
         self._clock = clock
         self._settings = settings
-        self._active = ActiveSessions()
+        self._active = ActiveSessions(metrics)
         self.pending_writes = PendingWrites(store, clock=clock, store_timeout_s=settings.store_timeout_s)
         self.streams = Streams(
-            streams_max=settings.streams_max, heartbeat_interval_s=settings.heartbeat_interval_s, stop=stop
+            streams_max=settings.streams_max,
+            heartbeat_interval_s=settings.heartbeat_interval_s,
+            stop=stop,
+            metrics=metrics,
         )
         self.proxied_requests = ProxiedRequests(
             nursery,
@@ -154,7 +159,9 @@ class Sessions:
         """Until when the recovery adopts no turns of a session, because an adoption of them has failed."""
         self._forking = trio.Lock()
         self._keyed_calls = KeyedCalls(store, clock=clock, store_timeout_s=settings.store_timeout_s)
-        self._titles = Titles(nursery, store=store, client_for=client_for, clock=clock, settings=settings, stop=stop)
+        self._titles = Titles(
+            nursery, store=store, client_for=client_for, clock=clock, settings=settings, stop=stop, metrics=metrics
+        )
         self.deletions = Deletions(
             nursery,
             self._active,
@@ -176,6 +183,7 @@ class Sessions:
             client_for=client_for,
             clock=clock,
             settings=settings,
+            metrics=metrics,
         )
 
     # Sessions
@@ -1049,6 +1057,7 @@ async def open_sessions(
     settings: Settings,
     stop: StopState,
     transport: PeerTransport | None = None,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Sessions]:
     """Open the sessions supervisor. On exit all session tasks are cancelled: their turns end as ``interrupted``.
 
@@ -1057,6 +1066,7 @@ async def open_sessions(
     Args:
         stop: The phase of the stop, which says when new work is refused.
         transport: How other processes are reached; only through Unix sockets unless given.
+        metrics: Counts what happens.
     """
     async with trio.open_nursery() as nursery:
         yield Sessions(
@@ -1067,5 +1077,6 @@ async def open_sessions(
             settings=settings,
             stop=stop,
             transport=transport or PeerTransport(),
+            metrics=metrics or Metrics(),
         )
         nursery.cancel_scope.cancel()

@@ -19,12 +19,14 @@ from service.errors import LastcallError, ModelError, SessionNotFoundError
 from service.freezes import move_on_after
 from service.models.client import Finished, Message, ModelClient, ModelRequest, ModelStream, TextDelta, Usage
 from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn_metrics import count_tokens
 from service.settings import Settings
 from service.stop_state import Phase, StopState
 from service.storage.records import SessionRecord, TitleSource, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
 from service.telemetry.log_context import log_context
+from service.telemetry.metrics.metrics import Metrics
 
 logger = structlog.get_logger("lastcall.title")
 
@@ -60,6 +62,7 @@ class Titles:
     Args:
         nursery: The nursery of the sessions supervisor. A failure of a title's task is logged there and ends nothing.
         stop: A stop cancels all calls, and does not wait for them.
+        metrics: Counts their tokens.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Titles:
         clock: Clock,
         settings: Settings,
         stop: StopState,
+        metrics: Metrics | None = None,
     ) -> None:
         self._nursery = nursery
         self._store = store
@@ -78,6 +82,7 @@ class Titles:
         self._clock = clock
         self._settings = settings
         self._stop = stop
+        self._metrics = metrics or Metrics()
         self._places = trio.Semaphore(CALLS_MAX)
         self._scopes: dict[str, trio.CancelScope] = {}
 
@@ -130,6 +135,7 @@ class Titles:
             await self._ask(request, answer)
         except ModelError as error:
             failure = error  # what was counted by then was paid for
+        count_tokens(self._metrics, self._client_for(request.model).name, request.model, answer.usage)
         await self._keep(session, answer, source)
         if failure is not None:
             raise failure

@@ -11,6 +11,10 @@ from typing import Literal
 import structlog
 import trio
 
+from service.errors import EventsLostError
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
+
 logger = structlog.get_logger("lastcall.api")
 
 INTERVAL_S = 1.0
@@ -27,11 +31,22 @@ class _Kind:
 
 
 class RefusalLog:
-    """The refusals of one service. A kind is a problem's code, so there are a few dozen at most."""
+    """The refusals of one service. A kind is a problem's code, so there are a few dozen at most.
 
-    def __init__(self) -> None:
+    Args:
+        metrics: Counts them, too.
+    """
+
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
         self._kinds: dict[str, _Kind] = {}
         self._changes = trio.lowlevel.ParkingLot()
+
+    def count(self, code: str) -> None:
+        """Count an answered problem for the metrics."""
+        self._metrics.add(families.REFUSALS, code)
+        if code == EventsLostError.code:
+            self._metrics.add(families.RESUME_GAPS)
 
     def note(self, code: str, *, level: Literal["info", "warning"], **fields: object) -> None:
         """Note a refused request. A line about several requests has the fields of the last one."""

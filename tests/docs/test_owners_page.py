@@ -19,7 +19,8 @@ def table() -> str:
     for path, methods in build_document(create_app())["paths"].items():
         for method, operation in methods.items():
             if operation.get("security") != []:
-                rows.append(f"| `{method.upper()} {path}` | `{needed_for(method.upper())}` |")
+                needed = operation.get("x-permissions") or [needed_for(method.upper())]
+                rows.append(f"| `{method.upper()} {path}` | {' or '.join(f'`{it}`' for it in needed)} |")
     return "\n".join([*rows[:2], *sorted(rows[2:], key=lambda row: row.split()[2])]) + "\n"
 
 

@@ -103,7 +103,7 @@ def test_the_environment_s_list_is_over_the_tables() -> None:
         ),
         (
             [f'name = "ann"\nkey = "{ONE}"\nmay = ["wirte"]'],
-            "api_keys[0].may[0]: 'wirte' should be 'talk', 'read' or 'administer'",
+            "api_keys[0].may[0]: 'wirte' should be 'talk', 'read', 'administer' or 'metrics'",
         ),
         (
             [f'name = "ann"\nkey = "{ONE}"\nmay = "talk"'],
@@ -111,7 +111,7 @@ def test_the_environment_s_list_is_over_the_tables() -> None:
         ),
         (
             [f'name = "ann"\nkey = "{ONE}"\nmay = []'],
-            'api_keys[0].may: should be at least one of "talk", "read" and "administer"',
+            'api_keys[0].may: should be at least one of "talk", "read", "administer" and "metrics"',
         ),
         (
             [f'name = "ann"\nkey = "{ONE}"\nmays = ["talk"]'],

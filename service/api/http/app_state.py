@@ -15,6 +15,8 @@ from service.telemetry.refusal_log import RefusalLog
 
 HISTORY_BYTES_MAX = "LASTCALL_HISTORY_BYTES_MAX"
 """Key in the application's configuration of the bound on bodies that may bring a whole conversation."""
+METRICS_ONLY = "lastcall.metrics_only"
+"""Key in the ASGI scope of a request that came to the listener of ``metrics_bind``: nothing else is answered there."""
 _SERVICE = "lastcall"
 _ACCESS = "lastcall.access"
 _TRUSTED_PROXIES = "lastcall.trusted_proxies"

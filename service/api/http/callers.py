@@ -3,9 +3,10 @@
 =================  =====================================================================================================
 ``read``           GET and HEAD
 ``talk``           all other calls about sessions and turns, and what ``read`` allows
+``metrics``        ``/metrics``, and nothing else
 ``administer``     act for other owners, with the header ``Lastcall-Owner`` or the field ``owner`` of a new session; and
                    see the sessions of all owners in listings. What is done there needs ``read`` or ``talk`` as well.
-                   The calls under ``/admin`` need this alone
+                   The calls under ``/admin`` need this alone, and so does ``/metrics``
 =================  =====================================================================================================
 
 The id in a path is a public one. :func:`admit` makes the scoped id of it, so a handler never has another owner's
@@ -13,6 +14,7 @@ session in its hands. A request from another process of the service tells who ca
 that process has checked the key, and has proved that it is one of this service.
 """
 
+from collections.abc import Collection
 from typing import cast
 
 from quart import Request, request
@@ -45,20 +47,20 @@ def needed_for(method: str) -> Permission:
     return cast("Permission", NEEDED.get(method, "talk"))
 
 
-def admit(admitted: Request, caller: Caller, *, needed: Permission | None = None) -> None:
+def admit(admitted: Request, caller: Caller, *, needs: Collection[Permission] = ()) -> None:
     """Let a caller's request pass to its handler: note whose sessions it is about, and make the scoped id of its path.
 
     Args:
-        needed: What the call needs; what its method says unless given.
+        needs: The permissions of which the caller must have one; by default those that the method needs.
 
     Raises:
         NotPermittedError
         InvalidRequestError: The header names no owner.
     """
-    needed = needed or needed_for(admitted.method)
-    is_allowed = needed in caller.may or (needed == "read" and "talk" in caller.may)
-    if admitted.endpoint is not None and not is_allowed:
-        raise NotPermittedError(f"This API key may not do this: it needs the permission {needed!r} (`may`).")
+    needed = needed_for(admitted.method)
+    if admitted.endpoint is not None and not caller.may & frozenset(needs or (needed, "talk")):
+        named = " or ".join(map(repr, needs or (needed,)))
+        raise NotPermittedError(f"This API key may not do this: it needs the permission {named} (`may`).")
     scope = cast("dict[str, object]", admitted.scope)
     owner = _owner_in(admitted, caller)
     scope[_CALLER] = caller

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from service.api.http.wire_types import Query, RequestBody
 from service.errors import LastcallError
+from service.settings import Permission
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -45,6 +46,8 @@ class Operation:
     ``keyed`` says whether it reads the header ``Idempotency-Key``; ``resumes`` describes the effect of the header
     ``Last-Event-ID``, if the operation reads it; ``preconditions`` those of the headers that name ETags.
     ``is_described`` is False for a file that is no call of the API: the OpenAPI document leaves it out.
+    ``needs`` has the permissions of which one is enough, in place of those that the method needs; such a call is about
+    no owner.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Operation:
     preconditions: tuple[tuple[str, str], ...] = ()
     accepts_stream: bool = False
     is_described: bool = True
+    needs: tuple[Permission, ...] = ()
 
 
 def operation(**fields: Any) -> Callable[[H], H]:

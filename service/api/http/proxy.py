@@ -548,6 +548,8 @@ class ProxiedStream(ResponseBody):
             await _wait_until_free(self._service, session_id, self._fence)
             rest = await self._go_on(session_id, turn_id)
         except LastcallError as error:
+            if isinstance(error, EventsLostError):
+                self._service.refusals.count(error.code)
             logger.warning("a stream was cut with its owner", session_id=session_id, turn_id=turn_id, error=str(error))
             return None
         logger.info("a stream goes on here: its owner died", session_id=session_id, turn_id=turn_id)

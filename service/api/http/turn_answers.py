@@ -11,7 +11,7 @@ from sys import getsizeof
 from typing import NamedTuple, Protocol, cast
 
 from msgspec import UNSET
-from quart import request
+from quart import Request, request
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.app_state import current_service, no_content
@@ -21,6 +21,7 @@ from service.api.http.locations import located, turn_path
 from service.api.http.proxy import (
     SLOT,
     allow_longer_answer,
+    is_from_peer,
     note_accepted,
     release_later,
     was_passed_to_owner,
@@ -47,6 +48,9 @@ from service.sessions.turns.turn import Turn, Watch
 from service.settings import Settings
 from service.storage.records import IdempotencyKey, Places, TurnRecord
 from service.supervisor import Service
+
+_FACES = ("chat_completions", "responses")
+"""The faces beside the native one, by the names of their blueprints."""
 
 Newest = Callable[[], Awaitable[tuple[str, Events, Watch]]]
 """Finds the turn of a client that has come back without a key."""
@@ -102,9 +106,19 @@ def take_slot(service: Service) -> StreamSlot:
     """
     scope = cast("dict[str, StreamSlot]", request.scope)
     if SLOT not in scope:
-        scope[SLOT] = service.sessions.streams.open_stream()
+        scope[SLOT] = service.sessions.streams.open_stream(_face_of(request))
         release_after_request(scope[SLOT].release_unused)  # has an effect only if the answer is no stream
     return scope[SLOT]
+
+
+def _face_of(asked: Request) -> str:
+    """The face of the API that a request uses, as the metrics call it.
+
+    A stream for another process is ``forwarded``: there it has its face.
+    """
+    if is_from_peer():
+        return "forwarded"
+    return asked.blueprint if asked.blueprint in _FACES else "native"
 
 
 async def answer_new(service: Service, session_id: str, new: NewTurn, face: TurnFace, *, streams: bool) -> TrioResponse:

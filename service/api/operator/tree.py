@@ -65,6 +65,7 @@ _HEARTBEAT = b": heartbeat\n\n"
 @blueprint.get("/tree")
 @operation(
     id="get_live_tree",
+    needs=("administer",),
     answers=(Answer(status=200, description="The tree as the last look has found it.", body=Tree),),
     errors=(NodeNotFoundError, WorkerNotFoundError, CrossSiteError),
     query=TreeQuery,
@@ -99,6 +100,7 @@ async def get_live_tree() -> TrioResponse:
 @blueprint.get("/tree/events")
 @operation(
     id="stream_live_tree",
+    needs=("administer",),
     answers=(
         Answer(
             status=200,

@@ -47,6 +47,8 @@ OPENAI_TAGS = frozenset({"responses", "conversations", "chat_completions", "mode
 """The calls with these tags are those of OpenAI's API, with errors in its shape."""
 _OPEN_TAGS = (_PROBE_TAG, "docs", "console")
 """The calls with these tags need no API key."""
+_OPERATOR_TAGS = ("metrics",)
+"""The calls with these tags are about no owner."""
 _TAGS = {
     "sessions": "A session holds a conversation: a tree of turns, and a head.",
     "turns": "A turn is an input and the reply to it. Every accepted turn ends exactly once.",
@@ -57,6 +59,7 @@ _TAGS = {
     "models": "OpenAI's API: the models that a request may name.",
     "admin": "For operators: the live tree, the shutdown, its reports. Needs a key that may `administer`.",
     "health": "For probes of a balancer or an orchestrator.",
+    "metrics": "For Prometheus.",
     "docs": "The OpenAPI document, and a page of it.",
     "console": "A page to chat, and to look at the server.",
 }
@@ -184,6 +187,8 @@ def _operation(operation: Operation, tag: str, doc: str, path_names: list[str], 
     }
     if tag in _OPEN_TAGS:
         described["security"] = []
+    if operation.needs:
+        described["x-permissions"] = operation.needs
     if operation.body is not None:
         described["requestBody"] = {
             "required": not operation.body.may_be_left_out,
@@ -204,7 +209,7 @@ def _parameters(operation: Operation, tag: str, path_names: list[str], schemas: 
         for name, of_one in schemas.components.pop(schema["$ref"].rpartition("/")[2])["properties"].items():
             style = {"style": "deepObject", "explode": True} if of_one.get("type") == "object" else {}
             yield {"name": name, "in": "query", "schema": of_one} | style
-    if tag not in _OPEN_TAGS:
+    if tag not in (*_OPEN_TAGS, *_OPERATOR_TAGS):
         yield {
             "name": OWNER,
             "in": "header",

@@ -72,6 +72,10 @@ class Master(ABC):
     def open_status_file(self) -> int | None:
         """Open the file on which the workers of this master show their status."""
 
+    def open_metrics_file(self) -> int | None:
+        """Open the file in which the workers of this master keep their metrics; None if each keeps them for itself."""
+        return None
+
     @property
     def leaves(self) -> bool:
         """Whether this worker was told to leave, because others serve in its place: then its stop is in no hurry."""

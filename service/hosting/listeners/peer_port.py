@@ -1,22 +1,17 @@
-"""The port on which a replica answers other replicas: one listening socket, which all of its workers share.
+"""The port on which a replica answers other replicas: one listening socket, which all of its workers share."""
 
-With several workers the master binds the port and hands the socket down, so that it stays open while workers come and
-go, and no worker that hangs holds up connections for the others.
-"""
-
-import os
 import socket
 from collections.abc import Awaitable, Callable
 
 import trio
 from hypercorn.config import Config
 
-from service.errors import StartupError
-from service.hosting.worker_main import SharedFile
-from service.settings import Settings, split_host_port
+from service.hosting.listeners.shared_port import BACKLOG, SharedPort
+from service.settings import Settings
 
-BACKLOG = 1024
-_SHARED = "lastcall_peer_port"
+__all__ = ["BACKLOG", "open_peer_port", "share_peer_port"]
+
+_PEER_PORT = SharedPort("peer_bind")
 
 
 class PeerDoor:
@@ -55,7 +50,7 @@ def share_peer_port(config: Config, settings: Settings) -> None:
         StartupError: The port is taken, or the address is not one of this machine.
     """
     if settings.peer_bind is not None and settings.store_capabilities.shared:
-        setattr(config, _SHARED, SharedFile(_bind(settings.peer_bind).detach()))
+        _PEER_PORT.share(config, settings.peer_bind)
 
 
 def open_peer_port(config: Config, settings: Settings) -> socket.socket | None:
@@ -64,33 +59,4 @@ def open_peer_port(config: Config, settings: Settings) -> socket.socket | None:
     Raises:
         StartupError: As :func:`share_peer_port`; or there are several workers, and no socket that they share.
     """
-    if settings.peer_bind is None:
-        return None
-    shared: SharedFile | int | None = getattr(config, _SHARED, None)
-    if shared is not None:
-        return socket.socket(fileno=os.dup(shared.descriptor if isinstance(shared, SharedFile) else shared))
-    if config.workers > 1:
-        raise StartupError(
-            "peer_bind with several workers needs lastcall serve --workers, or hypercorn's "
-            "--config python:service.hosting.hypercorn_config: hypercorn's own master shares no port among them."
-        )
-    return _bind(settings.peer_bind)
-
-
-def _bind(address: str) -> socket.socket:
-    host, port = split_host_port(address)
-    try:
-        family, kind, protocol, _, name = socket.getaddrinfo(
-            host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise StartupError(f"Cannot listen on peer_bind {address}: {error.strerror}") from error
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(name)
-        listening.listen(BACKLOG)
-    except OSError as error:
-        listening.close()
-        raise StartupError(f"Cannot listen on peer_bind {address}: {error.strerror}") from error
-    return listening
+    return None if settings.peer_bind is None else _PEER_PORT.open(config, settings.peer_bind)

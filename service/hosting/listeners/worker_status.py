@@ -6,15 +6,13 @@ many workers there are and whatever they have open. The kernel drops a lock with
 status. Source: fcntl(2), open file description locks.
 """
 
-import fcntl
 import os
-import struct
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 
-_FLOCK = struct.Struct("hhqqi4x")
-"""``struct flock``: type, whence, start, length, pid."""
+from service.byte_locks import lock, others_hold, unlock
+
 _RANGE = 1 << 32
 """Bytes of each status: more than there are process ids."""
 _SPAWNED = b"--multiprocessing-fork"
@@ -48,9 +46,9 @@ class StatusBeacon:
         if self._file is None or before is status:
             return
         with suppress(OSError):  # the kernel has no memory for a lock
-            _fcntl(self._file, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, status * _RANGE + os.getpid(), 1)
+            lock(self._file, status * _RANGE + os.getpid(), shared=True)
             if before is not None:
-                _fcntl(self._file, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, before * _RANGE + os.getpid(), 1)
+                unlock(self._file, before * _RANGE + os.getpid())
 
     def another_is(self, status: WorkerStatus) -> bool:
         """Whether another worker shows this status.
@@ -66,7 +64,7 @@ class StatusBeacon:
     def _is_shown(self, start: int, length: int) -> bool:
         if self._file is None:
             return False
-        return _fcntl(self._file, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start, length) != fcntl.F_UNLCK
+        return others_hold(self._file, start, length=length)
 
 
 class Siblings:
@@ -112,9 +110,3 @@ def _is_worker(pid: int) -> bool:
         return False
     except OSError:
         return True
-
-
-def _fcntl(file: int, command: int, kind: int, start: int, length: int) -> int:
-    """Set a lock, or ask for one that would be in its way. Returns the answer's type: ``F_UNLCK`` if there is none."""
-    answer = fcntl.fcntl(file, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
-    return int(_FLOCK.unpack(answer)[0])

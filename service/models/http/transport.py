@@ -37,6 +37,7 @@ class Transport(httpx.AsyncBaseTransport):
         idle_max: Bound on the connections without work.
         idle_expiry_s: How long they are kept.
         poller: Waits for the bodies of all responses; None if each task waits by itself.
+        when_connected: Called for each connection that was opened.
 
     Attributes:
         at_work: The connections with a request, each with its task and since when it has this request.
@@ -51,6 +52,7 @@ class Transport(httpx.AsyncBaseTransport):
         idle_max: int,
         idle_expiry_s: float,
         poller: ReadPoller | None = None,
+        when_connected: Callable[[], object] = bool,
     ) -> None:
         self._origin = _origin(url)
         self._ssl_context = ssl_context if url.scheme == "https" else None
@@ -59,6 +61,7 @@ class Transport(httpx.AsyncBaseTransport):
         self._is_closed = False
         self.at_work: dict[Connection, tuple[trio.lowlevel.Task, float]] = {}
         self._poller = poller
+        self._when_connected = when_connected
         if self._ssl_context is not None:
             self._ssl_context.set_alpn_protocols(["http/1.1"])
             self._ssl_context.options |= ssl.OP_NO_RENEGOTIATION
@@ -76,6 +79,10 @@ class Transport(httpx.AsyncBaseTransport):
     def idle(self) -> Sequence[Connection]:
         """The connections without work."""
         return self._idle.connections
+
+    def count_connections(self) -> tuple[int, int]:
+        """How many connections are open: those with a request, and those without one."""
+        return len(self.at_work), len(self._idle)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send the request, and return the response once its head is here.
@@ -105,7 +112,9 @@ class Transport(httpx.AsyncBaseTransport):
 
     async def _connect(self) -> Connection:
         _, host, port = self._origin
-        return await connect(host, port, ssl_context=self._ssl_context, connect_timeout_s=self._connect_timeout_s)
+        connection = await connect(host, port, ssl_context=self._ssl_context, connect_timeout_s=self._connect_timeout_s)
+        self._when_connected()
+        return connection
 
     async def _exchange(self, request: httpx.Request, connection: Connection) -> httpx.Response:
         reader = HeadReader(request.method)

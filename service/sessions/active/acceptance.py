@@ -45,6 +45,7 @@ from service.storage.records import AdoptedTurn, IdempotencyKey, SessionRecord, 
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
+from service.telemetry.metrics.metrics import Metrics
 
 logger = structlog.get_logger("lastcall.acceptance")
 
@@ -65,6 +66,7 @@ class Acceptance:
 
     Args:
         nursery: The nursery of the sessions supervisor. Acceptance starts the session tasks in it.
+        metrics: Counts the turns.
 
     Attributes:
         unresolved_adoptions: The sessions whose turns the store may have given to this process in a call that it has
@@ -85,7 +87,9 @@ class Acceptance:
         client_for: Callable[[str], ModelClient],
         clock: Clock,
         settings: Settings,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._nursery = nursery
         self._active = active
         self._pending_writes = pending_writes
@@ -269,6 +273,7 @@ class Acceptance:
             may_title=record.may_title,
             may_leave_out=record.may_leave_out,
             runs=runs,
+            metrics=self._metrics,
         )
         if refusal is not None:
             turn.cut_short(outcome.failed("model_not_found", str(refusal)))
@@ -357,6 +362,7 @@ class Acceptance:
             may_title=new.may_title,
             may_leave_out=new.may_leave_out,
             request_id=new.request_id,
+            metrics=self._metrics,
         )
         if new.answers_path:
             await self._check_answers_path(record)

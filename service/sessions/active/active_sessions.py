@@ -11,6 +11,8 @@ import trio
 
 from service.sessions.active.session import ActiveSession
 from service.sessions.turns.turn import Turn
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 
 class ActiveSessions:
@@ -24,7 +26,8 @@ class ActiveSessions:
         turns_arriving: How many turns are being accepted, those among them whose callers wait for other callers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics | None = None) -> None:
+        self._metrics = metrics or Metrics()
         self.ends = {"completed": 0, "failed": 0, "cancelled": 0, "interrupted": 0}
         self.turns_suspended = 0
         self.turns_lost = 0
@@ -111,6 +114,7 @@ class ActiveSessions:
         """Add an accepted turn. The caller holds the session and the session's acceptance lock."""
         session.add(turn)
         self._turns_open += 1
+        self._metrics.add(families.TURNS_ACCEPTED, "adopted" if turn.was_adopted else "new")
 
     def note_ended(self, turn: Turn) -> None:
         """Count a turn that has left its session."""
@@ -123,6 +127,8 @@ class ActiveSessions:
         else:
             self.ends[turn.state] += 1
         self.turns_crashed += turn.crashed
+        if not turn.ended.is_set():
+            self._metrics.add(families.TURNS_UNTOLD)
         self._turns_open -= 1
         self._changes.unpark_all()
 

@@ -9,6 +9,8 @@ import trio
 from service.errors import StreamLimitError
 from service.sessions.events.event_log import Events, InlineReader
 from service.stop_state import StopState
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 _LOOKS = 16
 """Looks at all streams within one interval, at the most, where no stream is silent."""
@@ -37,18 +39,22 @@ class Streams:
     Args:
         heartbeat_interval_s: Silence after which a stream sends a heartbeat.
         stop: Says when streams write only their ends.
+        metrics: Counts the streams.
 
     Attributes:
         heartbeat_interval_s: As given.
         slots: The open ones.
     """
 
-    def __init__(self, *, streams_max: int, heartbeat_interval_s: float, stop: StopState) -> None:
+    def __init__(
+        self, *, streams_max: int, heartbeat_interval_s: float, stop: StopState, metrics: Metrics | None = None
+    ) -> None:
         self.slots: set[StreamSlot] = set()
         self.ended = 0
         self.aborted = 0
         self.stop = stop
         self._streams_max = streams_max
+        self._metrics = metrics or Metrics()
         self.heartbeat_interval_s = heartbeat_interval_s
         self._due: list[tuple[float, int, StreamSlot]] = []
         """A heap of the streams that wait for an event: the time of the next heartbeat, or an earlier time.
@@ -65,16 +71,20 @@ class Streams:
         """How many streams are open."""
         return len(self.slots)
 
-    def open_stream(self) -> "StreamSlot":
+    def open_stream(self, face: str = "native") -> "StreamSlot":
         """Take a slot, which the caller must close.
+
+        Args:
+            face: The face of the API, as the metrics call it.
 
         Raises:
             StreamLimitError: ``streams_max`` streams are open.
         """
         if self.open >= self._streams_max:
             raise StreamLimitError(f"{self._streams_max} streams are open already (streams_max); try again later.")
-        slot = StreamSlot(self)
+        slot = StreamSlot(self, face)
         self.slots.add(slot)
+        self._metrics.add(families.STREAMS_OPEN, face)
         return slot
 
     def wake_silent(self) -> float:
@@ -105,6 +115,9 @@ class Streams:
     def note_closed(self, slot: "StreamSlot", *, ended: bool | None) -> None:
         """For :class:`StreamSlot`; ``ended`` is None if the stream never began."""
         self.slots.discard(slot)
+        self._metrics.add(families.STREAMS_OPEN, slot.face, by=-1)
+        if ended is not None:
+            self._metrics.add(families.STREAMS, slot.face, "ended" if ended else "aborted")
         if ended:
             self.ended += 1
         elif ended is not None:
@@ -118,14 +131,16 @@ class StreamSlot:
     """The slot of one open stream. Closing it twice has no effect.
 
     Attributes:
+        face: The face of the API, as the metrics call it.
         silent_since: When the stream began to wait, or wrote last while it waited.
         opened_at: When the slot was taken, on Trio's clock.
         task: The task that has taken it, and sends the stream; None once the slot is closed.
         progress: How far the stream has come; None before it has begun, and if another process sends it.
     """
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, face: str) -> None:
         self._streams: Streams | None = streams
+        self.face = face
         self.silent_since = 0.0
         self.opened_at = trio.current_time()
         self.task: trio.lowlevel.Task | None = trio.lowlevel.current_task()

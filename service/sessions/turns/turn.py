@@ -31,6 +31,7 @@ from service.sessions.events.events import Event, TerminalEvent, TurnDelta, Turn
 from service.sessions.events.kept_events import kind_of_pieces, opening_of
 from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
+from service.sessions.turns.turn_metrics import TurnMeter
 from service.settings import Settings
 from service.storage.pieces import Run, last_seq, text_of
 from service.storage.records import (
@@ -44,6 +45,7 @@ from service.storage.records import (
     TurnState,
 )
 from service.storage.rules import is_handed_over
+from service.telemetry.metrics.metrics import Metrics
 
 RETURN_S = 5.0
 """How long a turn runs on after another process of this service has cut off its client: enough for some attempts of a
@@ -58,6 +60,7 @@ class Turn:
     Args:
         runs: The events that earlier processes have sent and that count: the turn was adopted, with the output in
             ``record``. A turn that runs goes on after the last of them.
+        metrics: Counts the turn.
     """
 
     attempts = 0
@@ -77,6 +80,7 @@ class Turn:
         may_leave_out: bool = True,
         request_id: str | None = None,
         runs: Sequence[Run] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.log = EventLog(bytes_max=settings.log_bytes_max, turn_id=record.id)
         self.deadlines = TurnDeadlines()
@@ -109,8 +113,7 @@ class Turn:
         self.accepted_at = trio.current_time()
         self.started_at: float | None = None
         """When it began to run, on Trio's clock."""
-        self.first_token_at: float | None = None
-        """When the first events of the model came."""
+        self._meter = TurnMeter(metrics or Metrics(), client.name)
         self.when_over: list[Callable[[], object]] = []
         """What is called when the turn has ended and no watch of it is left: gives back what is held for the turn,
         without a wait."""
@@ -180,6 +183,11 @@ class Turn:
     @property
     def running(self) -> bool:
         return self._record.state == "running"
+
+    @property
+    def first_token_at(self) -> float | None:
+        """When the first pieces of the model came, on Trio's clock."""
+        return self._meter.first_token_at
 
     @property
     def is_suspended(self) -> bool:
@@ -310,6 +318,8 @@ class Turn:
         self.deadlines.start(self._settings.turn_timeout_s, passed_s=passed_s)
         if goes_on:
             return
+        if self.was_queued:
+            self._meter.count_queued()
         self.append(
             TurnStarted(
                 seq=self.log.last_seq + 1, session_id=self.session_id, turn_id=self.id, model=self._record.model
@@ -358,14 +368,16 @@ class Turn:
         """Whether the model has sent a piece of an output item."""
         return self._reply.begun
 
-    def take(self, events: Sequence[ModelEvent]) -> Finished | None:
+    def take(self, events: Sequence[ModelEvent], *, now: float | None = None) -> Finished | None:
         """Append the model's events. Returns :class:`Finished` if it is among them.
+
+        Args:
+            now: The time, if the caller has just read it.
 
         Raises:
             ModelError: A bound is reached (``reply_too_large``, ``log_too_large``).
         """
-        if self.first_token_at is None:
-            self.first_token_at = trio.current_time()
+        before = self.log.last_seq
         try:
             for event in events:
                 if isinstance(event, TextDelta):  # nearly all of them
@@ -381,6 +393,8 @@ class Turn:
                     self._take(event)
         finally:
             self.log.tell_readers()  # once for all of these events
+            if pieces := self.log.last_seq - before:
+                self._meter.count_pieces(pieces, trio.current_time() if now is None else now)
         return None
 
     def _take(self, told: Output) -> None:
@@ -470,8 +484,12 @@ class Turn:
     def conclude(self, record: TurnRecord, *, stored: bool) -> None:
         """Publish the end to all readers and waiters: the last step of a turn."""
         assert self.end is not None
+        assert not isinstance(self.end, outcome.Suspended), "a suspended turn has no end here"
         self._record = record
         self.stored = stored
+        self._meter.count_end(
+            self.end, model=record.model, usage=record.usage, crashed=self.crashed, is_kept=stored or self.is_lost
+        )
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
         self._note_if_over()
@@ -485,6 +503,7 @@ class Turn:
         self.is_ending = True
         self.untold = untold
         self._spent, self._stream = self.usage, None
+        self._meter.count_leave(self.end)
         self.log.leave()
         self.ended.set()
         self._note_if_over()

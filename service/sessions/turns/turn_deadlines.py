@@ -63,9 +63,14 @@ class TurnDeadlines:
         if self._set(self._run, max(turn_timeout_s - passed_s, 0)):
             self._run_s = turn_timeout_s
 
-    def expect_token(self, otherwise: TokenTimeout, *, within_s: float) -> None:
-        """The model is to send something within so many seconds from now; the turn fails ``otherwise``."""
-        now = trio.current_time()
+    def expect_token(self, otherwise: TokenTimeout, *, within_s: float, now: float | None = None) -> None:
+        """The model is to send something within so many seconds from now; the turn fails ``otherwise``.
+
+        Args:
+            now: The time, if the caller has just read it.
+        """
+        if now is None:
+            now = trio.current_time()
         at = now + within_s
         if (
             self._mover is not None

@@ -304,12 +304,13 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
         """Take events of the model, and return whether the turn goes on."""
         if turn.end is not None:
             return False  # another caller has decided the end meanwhile
-        finished = turn.take(events)
+        now = trio.current_time()
+        finished = turn.take(events, now=now)
         if asked.prompt is not None and turn.has_output:
             asked.drop()
         if finished is not None:
             turn.decide(outcome.Completed(finished.finish_reason))
-        turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s)
+        turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s, now=now)
         return turn.end is None
 
     notes = CallNotes()

@@ -10,6 +10,8 @@ from service.clock import Clock, is_in_doubt
 from service.sessions.upkeep.run_every import run_every
 from service.storage.store import Store
 from service.storage.store_deadline import answered_within
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 logger = structlog.get_logger("lastcall.expiry")
 
@@ -23,18 +25,29 @@ async def run_expiry(
     clock: Clock,
     interval_s: float,
     store_timeout_s: float,
+    metrics: Metrics | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Sweep every ``interval_s``. Runs until cancelled; a cancelled sweep has removed whole batches."""
 
-    async def sweep_and_log() -> None:
-        removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
+    counted = metrics or Metrics()
+
+    async def sweep_and_count() -> None:
+        began_at = trio.current_time()
+        result = "failed"
+        try:
+            removed = await sweep(store, clock=clock, store_timeout_s=store_timeout_s)
+            result = "ok"
+        finally:
+            counted.add(families.SWEEPS, result)
+            counted.observe(families.SWEEP_DURATION, value=trio.current_time() - began_at)
+        counted.add(families.EXPIRED, by=removed)
         if removed:
             logger.info("sessions expired", removed=removed)
         await forget_keys(store, clock=clock, store_timeout_s=store_timeout_s)
 
     task_status.started()
-    await run_every(interval_s, sweep_and_log, name="expiry")
+    await run_every(interval_s, sweep_and_count, name="expiry")
 
 
 async def sweep(store: Store, *, clock: Clock, store_timeout_s: float) -> int:

@@ -70,6 +70,7 @@ from service.storage.search import search_query, terms_of
 from service.storage.sql_thread import SqlThread, Step
 from service.storage.standing import Standing
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
+from service.telemetry.metrics.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -90,6 +91,7 @@ async def open_postgres_store(
     address: str | None = None,
     close_timeout_s: float = 5,
     monotonic: Monotonic = time.monotonic,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator["PostgresStore"]:
     """Open the store in a database, in a schema that is made if necessary; closes on leaving.
 
@@ -98,11 +100,12 @@ async def open_postgres_store(
         address: The address at which this process answers other owners of the same store.
         close_timeout_s: How long closing may take. A server that hangs longer is left to daemon threads.
         monotonic: The time by which the leases of other owners run out, and a fault in the log is repeated.
+        metrics: Counts the commits.
 
     Raises:
         StartupError: The database cannot be used; one sentence says why and what to do.
     """
-    store = PostgresStore(url, schema_name=schema_name, address=address, monotonic=monotonic)
+    store = PostgresStore(url, schema_name=schema_name, address=address, monotonic=monotonic, metrics=metrics)
     try:
         await store.open()
         yield store
@@ -124,7 +127,13 @@ class PostgresStore:
     capabilities = store_capabilities.POSTGRESQL
 
     def __init__(
-        self, url: str, *, schema_name: str, address: str | None, monotonic: Monotonic = time.monotonic
+        self,
+        url: str,
+        *,
+        schema_name: str,
+        address: str | None,
+        monotonic: Monotonic = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         self.name = name_of_store(url, schema_name)
         self.peer_secret = b""
@@ -140,7 +149,12 @@ class PostgresStore:
         # Long changes, beside the writer: a fork or a deletion of thousands of turns takes seconds. Besides the writes
         # that wait for them, or for those of other owners.
         long_writer = Writer(
-            self._line(), self.ownership, self._faults, is_left=True, statement_timeout_s=_LONG_STATEMENT_S
+            self._line(),
+            self.ownership,
+            self._faults,
+            is_left=True,
+            statement_timeout_s=_LONG_STATEMENT_S,
+            metrics=metrics,
         )
         self._changing = self._leaving("postgres long writer", long_writer)
         self.writer = Writer(
@@ -150,6 +164,7 @@ class PostgresStore:
             opens=self._begin,
             closes=self._leave,
             hand_over=self._changing.hand_over,
+            metrics=metrics,
         )
         self._writing = self._leaving("postgres writer", self.writer, runs_on=long_writer)
         # Two readers, so that the many short reads do not wait for a long one.

@@ -28,6 +28,8 @@ from service.storage.postgres.faults import Faults
 from service.storage.postgres.owners import EpochPassedError, Ownership
 from service.storage.postgres.running import RunningStep
 from service.storage.sql_thread import Step
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 T = TypeVar("T")
 
@@ -73,6 +75,7 @@ class Writer:
         is_left: bool = False,
         hand_over: Callable[[Step[Db, Any]], bool] | None = None,
         statement_timeout_s: float | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.commits = 0
         self.steps = 0
@@ -84,6 +87,7 @@ class Writer:
         self._closes = closes
         self._is_left = is_left
         self._hand_over = hand_over
+        self._metrics = metrics or Metrics()
         self._statement_timeout_s = STATEMENT_MAX_S if statement_timeout_s is None else statement_timeout_s
 
     def open(self) -> None:
@@ -247,8 +251,10 @@ class Writer:
             self._commit_now(db)
 
     def _commit_now(self, db: Db) -> None:
+        began_at = time.perf_counter()
         try:
             db.commit()
+            self._metrics.observe(families.STORE_COMMIT, value=time.perf_counter() - began_at)
         except OutcomeUnknownError as error:
             raise _no_standby() from error
         except psycopg.Error as error:

@@ -5,13 +5,10 @@ closing one store does not release the locks of the other. A holder can test a b
 """
 
 import os
-import struct
 import weakref
-from fcntl import F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, fcntl
 from pathlib import Path
 
-_FLOCK = struct.Struct("hhqqi4x")
-"""``struct flock`` of Linux on 64 bits: type, whence, start, length, pid."""
+from service.byte_locks import lock, others_hold
 
 
 class OfdLocks:
@@ -34,22 +31,17 @@ class OfdLocks:
 
     def hold(self, start: int, *, shared: bool = False) -> None:
         """Lock a byte. Raises: OSError: Another holder has it, or this file system has no locks."""
-        self._call(F_OFD_SETLK, F_RDLCK if shared else F_WRLCK, start, 1)
+        lock(self.fd, start, shared=shared)
 
     def others_hold(self, start: int, *, length: int = 1) -> bool:
         """Whether another holder has locked one of these bytes, shared or not."""
-        return length > 0 and self._call(F_OFD_GETLK, F_WRLCK, start, length) != F_UNLCK
+        return others_hold(self.fd, start, length=length)
 
     def close(self) -> None:
         """Release all locks. Idempotent."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
-
-    def _call(self, command: int, kind: int, start: int, length: int) -> int:
-        lock = fcntl(self.fd, command, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
-        found: int = _FLOCK.unpack(lock)[0]
-        return found
 
 
 def _close(reference: "weakref.ref[OfdLocks]") -> None:

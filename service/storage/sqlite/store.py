@@ -67,6 +67,7 @@ from service.storage.sqlite.tree_changes import Progress
 from service.storage.sqlite.writer import Writer
 from service.storage.standing import Standing
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
+from service.telemetry.metrics.metrics import Metrics
 
 P = TypeVar("P", bound=Progress)
 T = TypeVar("T")
@@ -90,6 +91,7 @@ async def open_sqlite_store(
     address: str | None = None,
     close_timeout_s: float = 5,
     monotonic: Monotonic = time.monotonic,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator["SqliteStore"]:
     """Open the store in the file at ``path``, which may be a link. Makes the file if necessary; closes on leaving.
 
@@ -97,12 +99,13 @@ async def open_sqlite_store(
         address: The address at which this process answers other owners of the same file.
         close_timeout_s: How long closing may take. A disk that hangs longer is left to daemon threads.
         monotonic: The time by which housekeeping and the repetition of a fault in the log are due.
+        metrics: Counts the commits.
 
     Raises:
         StartupError: The file cannot be used; one sentence says why and what to do.
         StoreError: On leaving: the file was deleted or replaced, so its content is lost.
     """
-    store = SqliteStore(path, address=address, monotonic=monotonic)
+    store = SqliteStore(path, address=address, monotonic=monotonic, metrics=metrics)
     try:
         await store.open()
         yield store
@@ -124,13 +127,25 @@ class SqliteStore:
 
     capabilities = store_capabilities.SQLITE
 
-    def __init__(self, path: str | Path, *, address: str | None, monotonic: Monotonic = time.monotonic) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        address: str | None,
+        monotonic: Monotonic = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.files = OpenFiles(path)
         self.standing = Standing()
         self.name = f"sqlite:{self.files.path}"
         self._ownership = Ownership(self.files.path.with_name(f"{self.files.path.name}-owners"))
         self.writer = Writer(
-            self.files, self._ownership, address=address, opened_at=time.time_ns() // 1000, monotonic=monotonic
+            self.files,
+            self._ownership,
+            address=address,
+            opened_at=time.time_ns() // 1000,
+            monotonic=monotonic,
+            metrics=metrics,
         )
         self._writing = SqlThread("sqlite writer", self.writer)
         self._marks = count()

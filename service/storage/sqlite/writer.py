@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from service.storage.sqlite.ownership import Ownership, is_oldest
 from service.storage.sqlite.reclaim import reclaim_some, shrink
 from service.storage.sqlite.reserve import Reserve
 from service.storage.store import Monotonic
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 
 logger = structlog.get_logger("lastcall.store")
 
@@ -55,14 +58,23 @@ class Writer:
     """
 
     def __init__(
-        self, files: OpenFiles, ownership: Ownership, *, address: str | None, opened_at: int, monotonic: Monotonic
+        self,
+        files: OpenFiles,
+        ownership: Ownership,
+        *,
+        address: str | None,
+        opened_at: int,
+        monotonic: Monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         self.commits = 0
         self.steps = 0
         self.removed = True
         self._files = files
         self._path = files.path
+        self._wal_path = files.path.with_name(f"{files.path.name}-wal")
         self._monotonic = monotonic
+        self._metrics = metrics or Metrics()
         self._faults = Faults(files.path, monotonic)
         self._ownership = ownership
         self._address = address
@@ -259,7 +271,12 @@ class Writer:
         if (fault := self._files.fault()) is not None:
             raise fault
         with database.transaction(self._db):
-            return call(self._db)
+            result = call(self._db)
+            began_at = time.perf_counter()
+        self._metrics.observe(families.STORE_COMMIT, value=time.perf_counter() - began_at)
+        with suppress(OSError):  # a file that was deleted is told by the next step
+            self._metrics.set(families.WAL_BYTES, to=self._wal_path.stat().st_size)
+        return result
 
     def _write_checkpoint(self, now: float) -> None:
         if self._files.fault() is not None:

@@ -85,7 +85,7 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "POST /v1/responses", "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
         "POST /v1/responses/{response_id}/cancel", "GET /v1/responses/{response_id}/input_items",
         "GET /admin/tree", "GET /admin/tree/events",
-        "GET /healthz", "GET /readyz", "GET /openapi.json", "GET /docs", "GET /",
+        "GET /healthz", "GET /readyz", "GET /metrics", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
 

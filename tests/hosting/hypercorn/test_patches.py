@@ -190,7 +190,7 @@ def test_nothing_else_replaces_a_name_of_a_library() -> None:
     # the hook of sys.
     assert found == [
         *("operations: handler", "peer_tls: sys.unraisablehook", "peer_tls: sys.unraisablehook"),
-        *("worker: config", "bind: config", "peer_port: config"),
+        *("worker: config", "bind: config", "shared_port: config"),
     ]
 
 

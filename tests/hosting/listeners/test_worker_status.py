@@ -144,11 +144,11 @@ def test_without_a_common_file_nothing_is_shown_or_seen() -> None:
 
 
 def test_an_error_of_the_kernel_shows_nothing_and_breaks_nothing(monkeypatch: pytest.MonkeyPatch, common: str) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **_options: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     with beacon_on(common) as beacon:
-        monkeypatch.setattr("service.hosting.listeners.worker_status._fcntl", refuse)
+        monkeypatch.setattr("service.hosting.listeners.worker_status.lock", refuse)
         beacon.show(WorkerStatus.SERVING)
 
 

@@ -1,0 +1,73 @@
+"""A port that a setting names and that all workers share: the master binds it, and hands the socket down.
+
+So the port stays open while workers come and go, and no worker that hangs holds up connections for the others.
+"""
+
+import os
+import socket
+
+from hypercorn.config import Config
+
+from service.errors import StartupError
+from service.hosting.worker_main import SharedFile
+from service.settings import split_host_port
+
+BACKLOG = 1024
+
+
+class SharedPort:
+    """The port of one setting.
+
+    Args:
+        setting: The name of the setting.
+    """
+
+    def __init__(self, setting: str) -> None:
+        self._setting = setting
+        self._shared = f"lastcall_{setting}"
+        """Where hypercorn's configuration, which workers get, has the socket."""
+
+    def share(self, config: Config, address: str) -> None:
+        """Bind the port for all workers, and leave the socket to them in ``config``. For the master.
+
+        Raises:
+            StartupError: The port is taken, or the address is not one of this machine.
+        """
+        setattr(config, self._shared, SharedFile(self._bind(address).detach()))
+
+    def open(self, config: Config, address: str) -> socket.socket:
+        """Return the listening socket: the master's, or a new one.
+
+        Raises:
+            StartupError: As :meth:`share`; or there are several workers, and no socket that they share.
+        """
+        shared: SharedFile | int | None = getattr(config, self._shared, None)
+        if shared is not None:
+            return socket.socket(fileno=os.dup(shared.descriptor if isinstance(shared, SharedFile) else shared))
+        if config.workers > 1:
+            raise StartupError(
+                f"{self._setting} with several workers needs lastcall serve --workers, or hypercorn's "
+                "--config python:service.hosting.hypercorn_config: hypercorn's own master shares no port among them."
+            )
+        return self._bind(address)
+
+    def _bind(self, address: str) -> socket.socket:
+        host, port = split_host_port(address)
+        try:
+            family, kind, protocol, _, name = socket.getaddrinfo(
+                host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+        except OSError as error:
+            raise StartupError(f"Cannot listen on {self._setting} {address}: {error.strerror}") from error
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(name)
+            listening.listen(BACKLOG)
+        except OSError as error:
+            listening.close()
+            raise StartupError(f"Cannot listen on {self._setting} {address}: {error.strerror}") from error
+        return listening
+
+
+METRICS_PORT = SharedPort("metrics_bind")

@@ -1,0 +1,195 @@
+"""The call for metrics: what a known number of events adds up to, and who may read it."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import trio
+
+from service.api.http.app_state import METRICS_ONLY
+from service.errors import StoreError
+from service.storage.sqlite import database
+from tests.api.inprocess import SSE, Api, open_api
+from tests.telemetry.scrape import Samples, promtool, samples_of
+
+KEYS = {name: f"{name}-key-0123456789" for name in ("plain", "monitor", "root", "reader")}
+NAMED = (
+    KEYS["plain"],
+    {"name": "monitor", "key": KEYS["monitor"], "may": ["metrics"]},
+    {"name": "root", "key": KEYS["root"], "may": ["administer"]},
+    {"name": "reader", "key": KEYS["reader"], "may": ["read", "talk"]},
+)
+
+
+async def scrape(api: Api) -> Samples:
+    reply = await api.call("GET", "/metrics")
+    assert reply.status == 200
+    return samples_of(reply.body.decode())
+
+
+def turns(samples: Samples) -> dict[str, float]:
+    return {labels: value for (name, labels), value in samples.items() if name == "lastcall_turns_total"}
+
+
+async def test_turns_are_counted_by_outcome_and_reason_with_their_tokens(autojump_clock: object) -> None:
+    model_url = "scripted:?tokens=7&rate=10"
+    async with open_api(model_url=model_url, expiry_interval_s=3600, turn_timeout_s=30) as api:
+        before = await scrape(api)
+        session = await api.new_session()
+        input_tokens = 0
+        for _ in range(3):
+            reply = await api.call("POST", f"/sessions/{session}/turns", {"input": "a"}, headers=SSE)
+            assert reply.events[-1]["type"] == "turn.completed"
+            input_tokens += reply.events[-1]["usage"]["input_tokens"]
+        path = f"/sessions/{session}/turns"
+        first = await api.call("POST", path, {"input": "a", "background": True})
+        queued = await api.call("POST", path, {"input": "b", "background": True, "on_conflict": "queue"})
+        during = await scrape(api)
+        for turn in (queued, first):
+            await api.call("POST", f"{turn.headers['location']}/cancel")
+        await api.call("POST", path, {"input": "c", "model": "of-a-caller", "max_output_tokens": 2})
+        after = await scrape(api)
+    assert turns(before) == {}
+    assert turns(after) == {
+        "outcome=completed,reason=stop": 3,
+        "outcome=completed,reason=length": 1,
+        "outcome=cancelled,reason=requested": 2,
+    }
+    assert [during["lastcall_turns", f"state={state}"] for state in ("running", "queued")] == [1, 1]
+    assert [during["lastcall_sessions", f"state={state}"] for state in ("running", "idle")] == [1, 0]
+    assert [after["lastcall_sessions", f"state={state}"] for state in ("running", "idle")] == [0, 1]
+    assert after["lastcall_turns_accepted_total", "origin=new"] == 6
+    assert during["lastcall_event_log_bytes", ""] > 0
+    assert after["lastcall_event_log_bytes", ""] == 0
+    told = "model=scripted,upstream=scripted"
+    assert after["lastcall_output_tokens_total", told] == 3 * 7
+    assert after["lastcall_input_tokens_total", told] == input_tokens
+    assert after["lastcall_output_tokens_total", "model=other,upstream=scripted"] == 2
+    assert after["lastcall_turn_first_token_seconds_count", "upstream=scripted"] == 4
+    assert after["lastcall_turn_token_gap_seconds_count", "upstream=scripted"] == 3 * 6 + 1
+    assert after["lastcall_turn_token_gap_seconds_sum", "upstream=scripted"] == pytest.approx(1.9)
+    assert after["lastcall_turn_duration_seconds_count", "outcome=completed"] == 4
+    assert after["lastcall_streams_total", "end=ended,face=native"] == 3
+    assert after["lastcall_streams", "face=native"] == 0
+    assert after["lastcall_upstream_calls_total", "result=ok,upstream=scripted"] == 4
+
+
+async def test_a_failed_turn_has_its_code_and_a_stream_is_open_while_it_is(autojump_clock: object) -> None:
+    silent = "scripted:?tokens=5&rate=0.001"
+    async with open_api(model_url=silent, next_token_timeout_s=9, first_token_timeout_s=9) as api:
+        async with api.open("POST", "/v1/chat/completions", headers={"Content-Type": "application/json"}) as stream:
+            await stream.send(b'{"model": "scripted", "stream": true, "messages": [{"role": "user", "content": "a"}]}')
+            await stream.send_complete()
+            await trio.sleep(1)
+            during = await scrape(api)
+            with trio.fail_after(100):
+                while True:
+                    try:
+                        await stream.receive()
+                    except trio.EndOfChannel:
+                        break
+        after = await scrape(api)
+    assert during["lastcall_streams", "face=chat_completions"] == 1
+    assert after["lastcall_streams", "face=chat_completions"] == 0
+    [(labels, count)] = turns(after).items()
+    assert count == 1
+    assert labels in ("outcome=failed,reason=first_token_timeout", "outcome=failed,reason=next_token_timeout")
+
+
+async def test_an_end_that_the_store_refuses_is_counted_and_pending_until_it_is_stored(tmp_path: Path) -> None:
+    path = tmp_path / "lastcall.db"
+    model_url = "scripted:?tokens=3&rate=1"
+    async with open_api(
+        store_url=f"sqlite:{path}", model_url=model_url, store_timeout_s=0.3, cleanup_timeout_s=0.3
+    ) as api:
+        session = await api.new_session()
+        started = await api.call("POST", f"/sessions/{session}/turns", {"input": "a", "background": True})
+        with closing(database.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await api.call("POST", f"{started.headers['location']}/cancel")
+            during = await scrape(api)
+            other.execute("ROLLBACK")
+        with trio.fail_after(30):
+            while api.service.sessions.pending_writes.turns:
+                try:
+                    await api.service.sessions.pending_writes.retry()
+                except StoreError:
+                    await trio.sleep(0.01)
+        after = await scrape(api)
+    assert during["lastcall_turn_ends_not_stored_total", ""] == 1
+    assert during["lastcall_turn_ends_pending", ""] == 1
+    assert during["lastcall_store_refusing", ""] == 1
+    assert after["lastcall_turn_ends_not_stored_total", ""] == 1
+    assert after["lastcall_turn_ends_pending", ""] == 0
+    assert after["lastcall_store_refusing", ""] == 0
+    assert after["lastcall_store_commit_seconds_count", ""] > 2
+    assert after["lastcall_sqlite_wal_bytes", ""] > 0
+
+
+async def test_refused_requests_are_counted_by_code() -> None:
+    async with open_api(streams_max=1) as api:
+        for _ in range(2):
+            (await api.call("GET", "/sessions/none")).problem(404, "session_not_found")
+        (await api.call("GET", "/nowhere")).problem(404, "not_found")
+        told = await scrape(api)
+    assert told["lastcall_refusals_total", "code=session_not_found"] == 2
+    assert told["lastcall_refusals_total", "code=not_found"] == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [("monitor", 200), ("root", 200), ("reader", 403), ("plain", 403), ("wrong", 401), (None, 401)]
+)
+async def test_a_key_may_read_metrics_if_it_says_so_or_administers(key: str | None, status: int) -> None:
+    headers = {} if key is None else {"Authorization": f"Bearer {KEYS.get(key, 'wrong-key-0123456789')}"}
+    async with open_api(api_keys=NAMED, model_url="scripted:") as api:
+        for method in ("GET", "HEAD"):
+            assert (await api.call(method, "/metrics", headers=headers)).status == status
+        if key == "monitor":
+            (await api.call("GET", "/sessions", headers=headers)).problem(403, "not_permitted")
+
+
+async def test_without_keys_this_machine_reads_them_and_no_one_behind_a_proxy() -> None:
+    async with open_api() as api:
+        assert (await api.call("GET", "/metrics")).status == 200
+        far = {"client": ("192.0.2.1", 5000)}
+        (await api.call("GET", "/metrics", scope=far)).problem(403, "loopback_only")
+        proxied = await api.call("GET", "/metrics", headers={"X-Forwarded-For": "192.0.2.1"})
+        proxied.problem(403, "proxied_without_keys")
+
+
+async def test_the_listener_of_its_own_serves_the_metrics_to_all_and_nothing_else() -> None:
+    only = {METRICS_ONLY: True, "client": ("192.0.2.1", 5000)}
+    async with open_api(api_keys=NAMED, model_url="scripted:") as api:
+        told = await api.call("GET", "/metrics", scope=only)
+        assert (told.status, told.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+        assert told.headers["cache-control"] == "no-store"
+        head = await api.call("HEAD", "/metrics", scope=only)
+        assert (head.status, head.headers["content-type"]) == (200, told.headers["content-type"])
+        for path in ("/", "/healthz", "/sessions", "/docs", "/openapi.json", "/nowhere", "/v1/models"):
+            assert (await api.call("GET", path, scope=only)).status == 404
+        assert (await api.call("POST", "/metrics", {}, scope=only)).status == 405
+
+
+async def test_the_store_may_hang_and_the_metrics_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_api(store_url=f"sqlite:{tmp_path}/lastcall.db") as api:
+        monkeypatch.setattr("service.gauges.COUNT_TIMEOUT_S", 0.05)
+
+        async def hang(**_: object) -> int:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        monkeypatch.setattr(api.service.store, "count_sessions", hang)
+        with trio.fail_after(10):
+            assert (await scrape(api))["lastcall_workers", ""] == 1
+
+
+@pytest.mark.processes
+async def test_promtool_has_no_complaint() -> None:
+    program = promtool()
+    async with open_api() as api:
+        session = await api.new_session()
+        await api.call("POST", f"/sessions/{session}/turns", {"input": "a"})
+        text = (await api.call("GET", "/metrics")).body
+    check = [program, "check", "metrics"]
+    done = await trio.run_process(check, stdin=text, capture_stdout=True, capture_stderr=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
