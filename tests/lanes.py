@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-PROCESSES = ("bench", "cli", "docs", "hosting", "process")
+PROCESSES = ("bench", "cli", "console", "docs", "hosting", "process")
 """The directories whose tests start processes."""
 SERIAL = ("process",)
 """The directories whose tests measure time, unless they are marked ``parallel``."""

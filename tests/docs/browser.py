@@ -122,6 +122,20 @@ class Page:
         await self.get(f"document.querySelector({json.dumps(selector)}).select()")
         await self.call("Input.insertText", text=text)
 
+    async def press(self, *keys: str) -> None:
+        """Press and release keys of the keyboard, one after the other: `Tab`, `Enter`, `Escape`, `ArrowDown`, `a`, …"""
+        await self.call("Page.bringToFront")
+        for key in keys:
+            text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+            code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowDown": 40}.get(key, 0)
+            pressed = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+            await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **pressed)
+            await self.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
+
+    async def write(self, text: str) -> None:
+        """Write a text where the focus is."""
+        await self.call("Input.insertText", text=text)
+
     async def hold_answers(self, url: str) -> None:
         """Keep answers from URLs of this pattern from the page."""
         await self.call("Fetch.enable", patterns=[{"urlPattern": url, "requestStage": "Response"}])
@@ -152,12 +166,19 @@ class Page:
 class Browser:
     """A running Chromium. Made by :func:`open_browser`."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, *, calls: int = 0, rest: bytes = b"") -> None:
+        """Speak with the browser at the other end of a pipe.
+
+        Args:
+            calls: How many calls it has had on this pipe: their numbers are not used again.
+            rest: The beginning of a message that was read already.
+        """
         self.pages: dict[str, Page] = {}
+        self.calls = calls
+        self.rest = rest
         self._stream = stream
         self._sending = trio.Lock()
         self._answers: dict[int, trio.MemorySendChannel[dict[str, Any]]] = {}
-        self._calls = 0
 
     async def new_page(self, url: str) -> Page:
         """A new tab with this URL, loaded."""
@@ -171,8 +192,8 @@ class Browser:
 
     async def call(self, method: str, *, session_id: str | None = None, **params: Any) -> Any:
         """Call the protocol, and return the result. Raises: PageError, if the browser refuses the call."""
-        self._calls += 1
-        number = self._calls
+        self.calls += 1
+        number = self.calls
         message: dict[str, Any] = {"id": number, "method": method, "params": params}
         if session_id is not None:
             message["sessionId"] = session_id
@@ -190,9 +211,8 @@ class Browser:
 
     async def hand_out(self) -> None:
         """Pass the browser's messages on to their tabs, until the browser closes the pipe."""
-        buffer = b""
         async for data in self._stream:
-            *messages, buffer = (buffer + data).split(b"\0")
+            *messages, self.rest = (self.rest + data).split(b"\0")
             for raw in messages:
                 self._take(json.loads(raw))
 
@@ -209,7 +229,7 @@ async def open_browser(folder: Path) -> AsyncIterator[Browser]:
     """A browser with a profile of its own in this folder; all its processes are gone on leaving."""
     ours, theirs = socket.socketpair()
     with theirs:
-        process = _start(chromium(), folder, theirs.fileno())
+        process = start(chromium(), folder, theirs.fileno())
     try:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream, trio.open_nursery() as nursery:
             browser = Browser(stream)
@@ -218,10 +238,10 @@ async def open_browser(folder: Path) -> AsyncIterator[Browser]:
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 2 * CAP_S):
-            await trio.to_thread.run_sync(_end, process, f"HOME={folder}".encode())
+            await trio.to_thread.run_sync(end, process, f"HOME={folder}".encode())
 
 
-def _start(program: str, folder: Path, pipe: int) -> "subprocess.Popen[bytes]":
+def start(program: str, folder: Path, pipe: int) -> "subprocess.Popen[bytes]":
     """Start the browser. It reads from descriptor 3 and writes to descriptor 4."""
     command = ["bash", "-c", f'exec "$@" 3<&{pipe} 4>&{pipe}', "bash", program, *FLAGS]
     with (folder / "browser.log").open("wb") as log:
@@ -236,7 +256,7 @@ def _start(program: str, folder: Path, pipe: int) -> "subprocess.Popen[bytes]":
         )
 
 
-def _end(process: "subprocess.Popen[bytes]", mark: bytes) -> None:
+def end(process: "subprocess.Popen[bytes]", mark: bytes) -> None:
     """Kill the browser with all processes that it has started, and return once they are gone.
 
     The crash handlers leave the group and do not die with the browser: the mark in their environment tells them, or

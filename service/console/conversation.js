@@ -1,0 +1,650 @@
+// One conversation: the turns on the path to its head, and the box for the next message.
+
+import { button, h } from "./dom.js";
+import { ago, count, counted, until } from "./format.js";
+import { Follower } from "./follower.js";
+import { LastcallError } from "./lastcall.js";
+import { copy } from "./markdown.js";
+import { TurnView } from "./turn.js";
+import { refused, waits } from "./words.js";
+
+const OUTBOX = "lastcall.outbox";
+const TIMELINES = "lastcall.timelines";
+const SHOWN = 30; // turns at first, the newest
+const AT_ONCE = 6; // requests
+const FOLLOWED_MAX = 6; // turns
+const POLL_MS = 4000;
+const NEAR = 90; // pixels from the end: the page goes on with what arrives
+const TITLE_MAX = 60;
+const ROWS_MAX = 10;
+
+/** A name for something new. `crypto.randomUUID` is not there on pages that are neither https nor of this machine. */
+function newName() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((it) => it.toString(16).padStart(2, "0")).join("");
+}
+
+/** What this tab has sent and no answer has come for: a reload sends it again with its key, and it is done once. */
+const outbox = {
+  get: () => JSON.parse(sessionStorage.getItem(OUTBOX) ?? "null"),
+  put: (sent) => sessionStorage.setItem(OUTBOX, JSON.stringify(sent)),
+  drop: (sent) => outbox.get()?.key === sent.key && sessionStorage.removeItem(OUTBOX),
+};
+
+/** `acts`: `changed(session)`, `gone(id)`, `tell(id)` other tabs, `rename(session)`, `remove(session)`, `back()`. */
+export class Conversation {
+  element;
+  session = null;
+  #id = null;
+  #context;
+  #acts;
+  #work = new AbortController(); // of the conversation that is open
+  #tree = new Map();
+  #path = [];
+  #records = new Map();
+  #views = new Map();
+  #followers = new Map(); // by turn id
+  #pending = null; // the view of a message that has no turn yet
+  #shown = SHOWN;
+  #isReading = false;
+  #isStale = false;
+  #known = "";
+  #editing = null;
+  #drafts = new Map();
+  #sticks = true;
+
+  #title = h("h2", { class: "talk-title", dir: "auto" });
+  #facts = h("p", { class: "talk-facts soft" });
+  #headTools;
+  #log = h("div", { class: "turns" });
+  #earlier;
+  #blank;
+  #scroller;
+  #latest;
+  #form;
+  #box;
+  #send;
+  #stop;
+  #editBar;
+  #status;
+
+  constructor(context, acts) {
+    this.#context = context;
+    this.#acts = acts;
+    this.#headTools = h(
+      "div",
+      { class: "talk-tools", hidden: true },
+      button({ label: "Rename", icon: "edit", kind: "bare", press: () => acts.rename(this.session) }),
+      button({ label: "Delete", icon: "trash", kind: "bare", press: () => acts.remove(this.session) }),
+    );
+    const back = button({ label: "All conversations", icon: "list", kind: "bare back", press: () => acts.back() });
+    const head = h("header", { class: "talk-head" }, back, h("div", { class: "talk-names" }, this.#title, this.#facts), this.#headTools);
+    this.#earlier = button({ text: "Show earlier turns", kind: "small", hidden: true, press: () => this.#showEarlier() });
+    this.#blank = h("div", { class: "blank hello" });
+    this.#scroller = h(
+      "div",
+      { class: "talk-scroll", tabIndex: 0, role: "region", "aria-label": "Conversation" },
+      h("div", { class: "column" }, this.#earlier, this.#blank, this.#log),
+    );
+    this.#scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    this.#latest = button({ text: "Latest", icon: "down", kind: "small latest", hidden: true, press: () => this.#toEnd() });
+    this.element = h("section", { class: "talk", "aria-label": "Conversation" }, head, this.#scroller, this.#composer());
+    const poll = setInterval(() => this.#isVisible() && context.service.state === "online" && this.refresh(), POLL_MS);
+    context.signal.addEventListener("abort", () => {
+      clearInterval(poll);
+      this.#leave();
+    });
+  }
+
+  #isVisible() {
+    return document.visibilityState === "visible";
+  }
+
+  #composer() {
+    this.#box = h("textarea", {
+      class: "input box",
+      rows: 1,
+      placeholder: "Write a message",
+      "aria-label": "Message",
+      on: { input: () => this.#typed(), keydown: (event) => this.#pressed(event) },
+    });
+    this.#send = button({ text: "Send", icon: "send", kind: "primary", type: "submit" });
+    this.#stop = button({ text: "Stop", icon: "stop", kind: "", hidden: true, press: () => this.stop() });
+    this.#editBar = h("div", { class: "edit-bar", hidden: true }, h("span", { text: "You edit an earlier message: the reply begins a new branch there." }), button({ text: "Do not edit", kind: "small bare", press: () => this.#edit(null) }));
+    this.#status = h("p", { class: "status", role: "status" });
+    this.#form = h(
+      "form",
+      { class: "composer", on: { submit: (event) => this.#submitted(event) } },
+      this.#latest,
+      h("div", { class: "column" }, this.#editBar, h("div", { class: "box-row" }, this.#box, this.#stop, this.#send), this.#status),
+    );
+    return this.#form;
+  }
+
+  focusBox() {
+    this.#box.focus();
+  }
+
+  // Opening
+
+  /** Shows this conversation; none, if `id` is null: then the first message begins one. */
+  async open(id) {
+    if (id === this.#id && this.#known !== "") return this.refresh();
+    this.#leave();
+    this.#id = id;
+    this.#box.value = this.#drafts.get(id) ?? "";
+    this.#fit();
+    this.#say("");
+    this.#showHead();
+    this.#showBlank();
+    if (id === null) return;
+    const sent = outbox.get()?.sessionId === id ? outbox.get() : null;
+    if (!sent?.title) {
+      this.#scroller.setAttribute("aria-busy", "true");
+      await this.refresh({ isFirst: true });
+      this.#scroller.removeAttribute("aria-busy");
+    }
+    if (sent && this.#id === id) this.#start(sent);
+    this.#toEnd();
+  }
+
+  #leave() {
+    this.#work.abort();
+    this.#work = new AbortController();
+    if (this.#id !== null || this.#box.value) this.#drafts.set(this.#id, this.#editing ? "" : this.#box.value);
+    for (const view of [...this.#views.values(), this.#pending]) view?.close();
+    this.#views.clear();
+    this.#followers.clear();
+    this.#records.clear();
+    this.#tree.clear();
+    this.#log.replaceChildren();
+    this.#pending = null;
+    this.#path = [];
+    this.#shown = SHOWN;
+    this.#known = "";
+    this.#editing = null;
+    this.#editBar.hidden = true;
+    this.session = null;
+    this.#sticks = true;
+  }
+
+  /** Reads what has changed, here or in another tab. */
+  async refresh({ isFirst = false } = {}) {
+    if (this.#id === null) return;
+    if (this.#isReading) {
+      this.#isStale = true;
+      return;
+    }
+    const { signal } = this.#work;
+    this.#isReading = true;
+    try {
+      do {
+        this.#isStale = false;
+        await this.#read(signal);
+      } while (this.#isStale && !signal.aborted);
+    } catch (error) {
+      if (!signal.aborted) this.#failedToRead(error, isFirst);
+    } finally {
+      this.#isReading = false;
+      if (signal.aborted && this.#id !== null && this.#known === "") this.refresh({ isFirst });
+    }
+  }
+
+  async #read(signal) {
+    const { client } = this.#context;
+    const id = this.#id;
+    const session = await client.getSession(id, { signal });
+    signal.throwIfAborted();
+    this.session = session;
+    this.#acts.changed(session);
+    this.#showHead();
+    const known = `${session.updated_at} ${session.head} ${session.status} ${this.#shown}`;
+    if (known === this.#known) return;
+    const tree = await client.tree(id, { signal }).collect();
+    signal.throwIfAborted();
+    this.#tree = new Map(tree.map((it) => [it.id, it]));
+    this.#path = [];
+    for (let at = this.#tree.get(session.head); at; at = this.#tree.get(at.parent)) this.#path.push(at.id);
+    this.#path.reverse();
+    await this.#fetchRecords(signal);
+    signal.throwIfAborted();
+    this.#known = known;
+    this.#show();
+  }
+
+  get #window() {
+    return this.#path.slice(-this.#shown);
+  }
+
+  async #fetchRecords(signal) {
+    const { client } = this.#context;
+    const isWanted = (id) => !this.#records.get(id)?.ended_at && !(this.#records.has(id) && this.#followers.has(id));
+    let wanted = this.#window.filter(isWanted);
+    if (wanted.length > AT_ONCE && this.#tree.size <= 100) {
+      for (const turn of await client.turns(this.#id, { signal }).collect()) this.#records.set(turn.id, turn);
+      return;
+    }
+    while (wanted.length) {
+      const some = wanted.slice(0, AT_ONCE);
+      wanted = wanted.slice(AT_ONCE);
+      const turns = await Promise.all(some.map((it) => client.getTurn(this.#id, it, { signal }).catch(ifGone)));
+      for (const turn of turns) if (turn) this.#records.set(turn.id, turn);
+    }
+  }
+
+  #failedToRead(error, isFirst) {
+    if (error.status === 401) return;
+    if (error.code === "session_not_found") {
+      const id = this.#id;
+      if (outbox.get()?.sessionId === id) return; // its first message is on its way
+      this.#leave();
+      this.#id = null;
+      this.#context.toast(refused(error), { kind: "error" });
+      this.#acts.gone(id);
+      return;
+    }
+    if (isFirst || !(error instanceof LastcallError)) this.#say(refused(error), "error");
+  }
+
+  // Showing
+
+  #showHead() {
+    const { session } = this;
+    this.#headTools.hidden = !session;
+    this.#title.textContent = session ? session.title || "Untitled" : "New conversation";
+    this.#facts.replaceChildren();
+    this.#context.title(session?.title);
+    if (!session) return;
+    const { input_tokens: asked, output_tokens: answered } = session.usage;
+    const facts = [counted(session.message_count, "message"), `${count(asked + answered)} tokens`, `used ${ago(session.last_accessed_at)}`, `expires in ${until(session.expires_at)}`];
+    if (session.model) facts.unshift(session.model);
+    this.#facts.textContent = facts.join(" · ").replace("used now", "in use");
+  }
+
+  #showBlank() {
+    const isEmpty = this.#path.length === 0 && !this.#pending;
+    this.#blank.hidden = !isEmpty;
+    this.#earlier.hidden = this.#path.length <= this.#shown;
+    if (!isEmpty || this.#blank.hasChildNodes()) return;
+    const example = (text) => button({ text, kind: "", press: () => this.#fill(text) });
+    this.#blank.append(
+      h("h2", { text: "What shall we talk about?" }),
+      h("p", { text: "Each reply here ends properly: cut the connection, reload the page or restart the server in its middle, and see." }),
+      h("div", { class: "examples" }, example("What is a nursery?"), example("Why do streams end?")),
+    );
+  }
+
+  #fill(text) {
+    this.#box.value = text;
+    this.#typed();
+    this.focusBox();
+  }
+
+  /** Puts the turns of the path on the page: those that are there stay, so nothing flickers and nothing is lost. */
+  #show() {
+    const wanted = this.#window.filter((it) => this.#records.has(it));
+    const known = this.#pending?.id;
+    if (known && wanted.includes(known)) {
+      this.#views.set(known, this.#pending);
+      this.#pending = null;
+    }
+    for (const [id, view] of [...this.#views]) {
+      if (wanted.includes(id)) continue;
+      view.close();
+      view.element.remove();
+      this.#views.delete(id);
+      this.#followers.delete(id);
+    }
+    let before = null;
+    for (const id of wanted) {
+      const turn = this.#records.get(id);
+      let view = this.#views.get(id);
+      if (!view) {
+        view = this.#newView(turn.input);
+        this.#views.set(id, view);
+      }
+      const siblings = this.#siblings(id);
+      view.show(turn, { place: siblings.indexOf(id) + 1, total: siblings.length });
+      const next = before ? before.nextElementSibling : this.#log.firstElementChild;
+      if (next !== view.element) this.#log.insertBefore(view.element, next);
+      before = view.element;
+      if (!turn.ended_at && !this.#followers.has(id) && this.#followers.size < FOLLOWED_MAX) this.#follow(turn, view);
+    }
+    if (this.#pending) this.#log.append(this.#pending.element);
+    this.#showBlank();
+    this.#showRunning();
+    this.#stick();
+  }
+
+  #showEarlier() {
+    const height = this.#scroller.scrollHeight;
+    this.#shown += SHOWN;
+    this.#known = "";
+    this.#sticks = false;
+    this.refresh().then(() => (this.#scroller.scrollTop += this.#scroller.scrollHeight - height));
+  }
+
+  #newView(input) {
+    return new TurnView(input, {
+      retry: (view) => this.#retry(view),
+      edit: (view) => this.#edit(view),
+      fork: (view) => this.#fork(view),
+      step: (view, by) => this.#step(view, by),
+      shown: () => this.#stick(),
+      wantsTimeline: () => sessionStorage.getItem(TIMELINES) !== "off",
+      reasoning: (turn, markdown) => this.#readReasoning(turn, markdown),
+    });
+  }
+
+  /** All turns with the parent of this one, in their order. */
+  #siblings(id) {
+    const { parent } = this.#tree.get(id);
+    return [...this.#tree.values()].filter((it) => it.parent === parent).map((it) => it.id);
+  }
+
+  async #readReasoning(turn, markdown) {
+    try {
+      for await (const event of this.#context.client.events(turn.session_id, turn.id, { signal: this.#work.signal })) {
+        if (event.type === "turn.reasoning") markdown.append(event.text);
+        if (event.type === "turn.delta") break;
+      }
+      markdown.end();
+    } catch (error) {
+      if (!this.#work.signal.aborted) markdown.append(`*${refused(error)}*`);
+    }
+  }
+
+  // Sending
+
+  #submitted(event) {
+    event.preventDefault();
+    const text = this.#box.value;
+    if (!text.trim() || this.#send.disabled) return;
+    const sent = { key: newName(), input: text, isQueued: this.#running.length > 0 && !this.#editing };
+    if (this.#editing) sent.parent = this.#editing.turn.parent;
+    if (this.#id === null) {
+      sent.sessionId = `sess_${newName()}`;
+      sent.title = titleOf(text);
+    } else sent.sessionId = this.#id;
+    this.#box.value = "";
+    this.#drafts.delete(this.#id);
+    this.#edit(null, { isSent: true });
+    this.#fit();
+    outbox.put(sent);
+    if (sent.title === undefined) this.#start(sent);
+    else this.#acts.go(sent.sessionId); // opening it sends what is in the outbox
+  }
+
+  #retry(view) {
+    const { id, parent, input } = view.turn;
+    const sent = { key: newName(), sessionId: this.#id, retry: id, parent, input };
+    outbox.put(sent);
+    this.#start(sent);
+  }
+
+  /** Sends what is in the outbox, and follows the turn. */
+  #start(sent) {
+    if (this.#pending) this.#drop(this.#pending);
+    const view = (this.#pending = this.#newView(sent.input));
+    if (sent.parent !== undefined) this.#hideAfter(sent.parent);
+    this.#log.append(view.element);
+    this.#showBlank();
+    this.#sticks = true;
+    const follower = this.#followerOf(view, sent);
+    view.follow(follower);
+    this.#showRunning();
+    this.#stick();
+    const begin = (client, options) => {
+      const named = { ...options, idempotencyKey: sent.key };
+      if (sent.retry) return client.retry(sent.sessionId, sent.retry, named);
+      if (sent.parent !== undefined) named.parent = sent.parent;
+      if (sent.isQueued) named.on_conflict = "queue";
+      return client.stream(sent.sessionId, sent.input, named);
+    };
+    this.#create(sent, follower).then(() => follower.run(begin), (error) => this.#refuse(view, sent, error));
+  }
+
+  /** Makes the session of a first message. Its name is this tab's, so a repetition makes it once. */
+  async #create(sent, follower) {
+    if (sent.title === undefined) return;
+    const { client } = this.#context;
+    const onWait = (waiting) => follower.log.waits(waiting) ?? this.#say(waits(waiting), "wait");
+    const named = { id: sent.sessionId, title: sent.title, idempotencyKey: `${sent.key}-session` };
+    this.session = await client.createSession({ ...named, signal: this.#work.signal, onWait });
+    this.#acts.changed(this.session);
+    this.#showHead();
+  }
+
+  /** While an edit or a retry begins, the turns that it leaves are hidden. */
+  #hideAfter(parent) {
+    const place = parent === null ? -1 : this.#path.indexOf(parent);
+    for (const id of this.#path.slice(place + 1)) this.#views.get(id)?.element.remove();
+  }
+
+  #drop(view) {
+    view.close();
+    view.element.remove();
+    if (this.#pending === view) this.#pending = null;
+  }
+
+  // Following
+
+  #followerOf(view, sent) {
+    const { signal } = this.#work;
+    const isMine = () => !signal.aborted;
+    const follower = new Follower(this.#context.service, {
+      onTurn: (stream) => {
+        if (sent) outbox.drop(sent);
+        if (!isMine()) return;
+        this.#followers.set(stream.turnId, follower);
+        this.#say("");
+        this.#known = "";
+        this.#acts.tell(this.#id);
+        this.refresh();
+      },
+      onEvent: (event, stream) => {
+        if (!isMine()) return;
+        view.take(event, stream);
+        if (event.type === "turn.started" || event.type === "turn.queued") this.#showRunning();
+      },
+      onOpen: () => {
+        if (!isMine()) return;
+        view.waiting(false);
+        this.#say("");
+      },
+      onWait: (waiting) => {
+        if (!isMine()) return;
+        view.waiting(true);
+        this.#say(waits(waiting), "wait");
+      },
+      onEnd: (error) => {
+        if (isMine()) this.#ended(view, sent, follower, error);
+      },
+    });
+    return follower;
+  }
+
+  #follow(turn, view) {
+    const follower = this.#followerOf(view, null);
+    follower.log.isReplay = true;
+    this.#followers.set(turn.id, follower);
+    view.follow(follower);
+    follower.run((client, options) => client.events(turn.session_id, turn.id, options));
+  }
+
+  async #ended(view, sent, follower, error) {
+    const id = follower.stream?.turnId;
+    if (error && !id) return this.#refuse(view, sent, error);
+    this.#followers.delete(id);
+    this.#known = "";
+    if (error) this.#say(refused(error), "error");
+    else this.#context.say(`The reply has ended: ${follower.stream.end?.type.slice(5) ?? "complete"}.`);
+    await this.refresh();
+    this.#showRunning();
+    this.#acts.tell(this.#id);
+  }
+
+  /** The server did not take the message: it goes back into the box. */
+  #refuse(view, sent, error) {
+    if (this.#work.signal.aborted) return;
+    if (sent) outbox.drop(sent);
+    this.#drop(view);
+    this.#followers.delete(view.id);
+    if (sent && !sent.retry && !this.#box.value) this.#fill(sent.input);
+    this.#say(refused(error), "error");
+    this.#context.say(refused(error));
+    this.#known = "";
+    this.refresh();
+    this.#showRunning();
+  }
+
+  get #running() {
+    const views = [...this.#views.values(), this.#pending].filter(Boolean);
+    return views.filter((it) => !it.hasEnded);
+  }
+
+  #showRunning() {
+    const running = this.#running;
+    this.#stop.hidden = running.length === 0;
+    this.#send.querySelector("span").textContent = running.length && !this.#editing ? "Queue" : "Send";
+    this.#send.title = running.length ? "Sent when the reply that is written now has ended" : "Enter";
+  }
+
+  /** Ends the reply that is written now. */
+  async stop() {
+    const view = this.#running.find((it) => it.element.dataset.state === "running") ?? this.#running.at(-1);
+    if (!view) return;
+    if (!view.id) {
+      // Not accepted yet, as far as this page knows: it is sent on, and stopped when its id is known.
+      this.#say("The message is on its way. It can be stopped when the server has it.", "wait");
+      return;
+    }
+    this.#stop.disabled = true;
+    try {
+      await this.#context.client.cancel(this.#id, view.id, { signal: this.#work.signal });
+    } catch (error) {
+      if (!this.#work.signal.aborted) this.#say(refused(error), "error");
+    } finally {
+      this.#stop.disabled = false;
+    }
+  }
+
+  // Branches
+
+  #edit(view, { isSent = false } = {}) {
+    const wasEditing = this.#editing;
+    this.#editing = view;
+    this.#editBar.hidden = !view;
+    if (view) {
+      this.#fill(view.turn.input);
+      view.element.classList.add("is-edited");
+    } else if (wasEditing && !isSent) this.#fill("");
+    wasEditing?.element.classList.remove("is-edited");
+    this.#showRunning();
+  }
+
+  async #fork(view) {
+    try {
+      const copied = await this.#context.client.forkSession(this.#id, { at: view.turn.id, signal: this.#work.signal });
+      this.#acts.changed(copied);
+      this.#context.toast("This is a copy of the conversation up to that reply.");
+      this.#acts.go(copied.id);
+    } catch (error) {
+      if (!this.#work.signal.aborted) this.#say(refused(error), "error");
+    }
+  }
+
+  /** Shows the branch of another version of a message: its newest turn becomes the head. */
+  async #step(view, by) {
+    const siblings = this.#siblings(view.turn.id);
+    const next = siblings[siblings.indexOf(view.turn.id) + by];
+    if (!next) return;
+    const parents = new Map();
+    for (const { id, parent } of this.#tree.values()) parents.set(parent, id); // the newest one of each
+    let leaf = next;
+    while (parents.has(leaf)) leaf = parents.get(leaf);
+    try {
+      await this.#context.client.switchTo(this.#id, leaf, { seenHead: this.session.head, signal: this.#work.signal });
+      this.#acts.tell(this.#id);
+      this.#sticks = false;
+    } catch (error) {
+      if (this.#work.signal.aborted) return;
+      this.#say(refused(error), "error");
+    }
+    this.#known = "";
+    await this.refresh();
+    this.#views.get(next)?.element.scrollIntoView({ block: "nearest" });
+  }
+
+  /** Puts the newest reply on the clipboard. */
+  copyLast() {
+    const view = [...this.#views.values()].at(-1);
+    const pressed = view?.element.querySelector(".tools > .button");
+    if (view) copy(view.text, pressed);
+  }
+
+  retryLast() {
+    const view = [...this.#views.values()].at(-1);
+    if (view?.hasEnded) this.#retry(view);
+  }
+
+  editLast() {
+    const view = [...this.#views.values()].at(-1);
+    if (view?.turn) this.#edit(view);
+  }
+
+  // The box and the scrolling
+
+  #pressed(event) {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      this.#form.requestSubmit();
+    } else if (event.key === "Escape" && this.#editing) this.#edit(null);
+    else if (event.key === "Escape") this.stop();
+  }
+
+  #typed() {
+    this.#fit();
+    if (this.#status.dataset.kind === "error") this.#say("");
+  }
+
+  /** The box is as high as its text, within bounds. */
+  #fit() {
+    const rows = Math.min(ROWS_MAX, this.#box.value.split("\n", ROWS_MAX).length);
+    this.#box.rows = rows;
+    if (rows < ROWS_MAX && this.#box.scrollHeight > this.#box.clientHeight + 4) this.#box.rows = Math.min(ROWS_MAX, rows + 2);
+  }
+
+  #say(words, kind = "info") {
+    if (this.#status.textContent === words) return;
+    this.#status.textContent = words;
+    this.#status.dataset.kind = kind;
+  }
+
+  #scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.#scroller;
+    this.#sticks = scrollHeight - scrollTop - clientHeight < NEAR;
+    this.#latest.hidden = this.#sticks;
+  }
+
+  #toEnd() {
+    this.#sticks = true;
+    this.#stick();
+    this.#latest.hidden = true;
+  }
+
+  #stick() {
+    if (this.#sticks) this.#scroller.scrollTop = this.#scroller.scrollHeight;
+  }
+}
+
+function titleOf(text) {
+  const line = text.trim().split("\n", 1)[0].replace(/\s+/g, " ");
+  if (line.length <= TITLE_MAX) return line;
+  const cut = line.lastIndexOf(" ", TITLE_MAX);
+  return `${[...line.slice(0, cut > 20 ? cut : TITLE_MAX)].join("")}…`;
+}
+
+function ifGone(error) {
+  if (error.status === 404) return null;
+  throw error;
+}

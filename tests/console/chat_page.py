@@ -1,0 +1,63 @@
+"""The view of conversations, as a person sees and uses it."""
+
+import json
+
+from tests.docs.browser import Page
+
+LAST = "document.querySelector('.turn:last-child')"
+REPLY = f"({LAST}?.querySelector('.answer > .parts > .markdown')?.textContent ?? '')"
+
+
+class ChatPage:
+    """A tab with the view of conversations."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    async def send(self, text: str) -> None:
+        await self.page.type_in(".box", text)
+        await self.page.press("Enter")
+
+    async def press(self, words: str) -> None:
+        """Press the last button with these words, once it is there and can be pressed."""
+        named = f"(it.textContent === {json.dumps(words)} || it.getAttribute('aria-label') === {json.dumps(words)})"
+        usable = f"(it) => {named} && it.checkVisibility() && !it.disabled"
+        found = f"[...document.querySelectorAll('button')].findLast({usable})"
+        await self.page.wait_for(found)
+        await self.page.get(
+            "document.querySelectorAll('[data-pressed]').forEach((it) => it.removeAttribute('data-pressed')),"
+            f"{found}.setAttribute('data-pressed', '')"
+        )
+        await self.page.click("[data-pressed]")
+
+    async def has(self, words: str, where: str = "body") -> None:
+        """Return once the page shows these words."""
+        await self.page.wait_for(
+            f"document.querySelector({json.dumps(where)})?.innerText.includes({json.dumps(words)})"
+        )
+
+    async def is_in(self, state: str) -> None:
+        """Return once the last turn is in this state."""
+        await self.page.wait_for(f"{LAST}?.dataset.state === {json.dumps(state)}")
+
+    async def replies(self, start: str) -> None:
+        """Return once the last reply has this text in it."""
+        await self.page.wait_for(f"{REPLY}.includes({json.dumps(start)})")
+
+    async def reply(self) -> str:
+        text: str = await self.page.get(REPLY)
+        return text
+
+    async def turns(self) -> list[list[str]]:
+        """The state, the question and the reply of each turn on the page."""
+        found: list[list[str]] = await self.page.get(
+            "[...document.querySelectorAll('.turn')].map((it) => [it.dataset.state, "
+            "it.querySelector('.asked').textContent, it.querySelector('.answer > .parts > .markdown').textContent])"
+        )
+        return found
+
+    async def session(self) -> str:
+        """The id of the conversation in the address, once there is one."""
+        await self.page.wait_for("location.hash.startsWith('#/chat/sess_')")
+        found: str = await self.page.get("location.hash.split('/')[2]")
+        return found

@@ -1,0 +1,242 @@
+"""Conversations in a real browser: what a person does, and what happens to the connection meanwhile."""
+
+import contextlib
+import http.client
+import json
+from typing import Any
+
+import httpx
+import trio
+
+from tests.console.chat_page import LAST, ChatPage
+from tests.console.conftest import Tabs
+from tests.docs.browser import CAP_S
+
+
+async def turns_of(tabs: Tabs, session: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (await tabs.server.call("GET", f"/sessions/{session}/turns"))["data"]
+    return found
+
+
+async def open_chat(tabs: Tabs, session: str, **options: Any) -> ChatPage:
+    chat = ChatPage(await tabs.open(f"#/chat/{session}", **options))
+    await chat.page.wait_for("document.querySelector('.talk-facts')?.textContent")
+    return chat
+
+
+async def test_a_first_message_begins_a_conversation_that_is_renamed_and_deleted(tabs: Tabs) -> None:
+    chat = ChatPage(await tabs.open())
+    await chat.has("What shall we talk about?")
+    await chat.send("What is a nursery?")
+    await chat.is_in("completed")
+    assert await chat.turns() == [["completed", "What is a nursery?", "The nursery waits for its tasks."]]
+    assert await chat.page.get(f"{LAST}.querySelector('.markdown strong').textContent") == "nursery"
+    session = await chat.session()
+    await chat.has("What is a nursery?", ".session-rows li:first-child")
+    await chat.press("Rename")
+    await chat.page.type_in("dialog input", "Nurseries")
+    await chat.press("Rename")
+    await chat.has("Nurseries", ".talk-title")
+    await chat.has("Nurseries", ".session-rows li:first-child")
+    assert (await tabs.server.call("GET", f"/sessions/{session}"))["title"] == "Nurseries"
+    await chat.press("Delete")
+    await chat.has("gone for good", "dialog")
+    await chat.press("Delete")
+    await chat.page.wait_for("location.hash === '#/chat'")
+    async with httpx.AsyncClient(base_url=tabs.server.url) as client:
+        assert (await client.get(f"/sessions/{session}")).status_code == 404
+    assert await chat.page.get(f"document.querySelector('.session-rows a[href$=\"{session}\"]')") is None
+
+
+async def test_a_reply_streams_is_stopped_and_asked_again(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("slow")
+    chat = await open_chat(tabs, session)
+    await chat.send("Count")
+    await chat.replies("0 1 2 3 4 5 6 7")
+    await chat.is_in("running")
+    await chat.press("Stop")
+    await chat.is_in("cancelled")
+    await chat.has("Stopped.", ".turn:last-child .turn-end")
+    [turn] = await turns_of(tabs, session)
+    assert (turn["state"], turn["reason"]) == ("cancelled", "requested")
+    assert (await chat.reply()).split() == turn["text"].split()
+    await chat.press("Retry")
+    await chat.has("2 of 2")
+    await chat.replies("0 1 2")
+    await chat.press("Stop")
+    await chat.is_in("cancelled")
+    await chat.press("Previous version")
+    await chat.has("1 of 2")
+    assert (await tabs.server.call("GET", f"/sessions/{session}"))["head"] == turn["id"]
+    assert (await chat.reply()).split() == turn["text"].split()
+
+
+async def test_a_message_is_edited_into_a_branch_and_a_conversation_is_forked(tabs: Tabs) -> None:
+    session = await tabs.server.new_session()
+    for text in ("One", "Two", "Three"):
+        await tabs.server.say(session, text)
+    chat = await open_chat(tabs, session)
+    await chat.page.wait_for("document.querySelectorAll('.turn').length === 3")
+    assert [it[1] for it in await chat.turns()] == ["One", "Two", "Three"]
+    await chat.page.click(".turn:nth-child(2) .tools button:nth-of-type(3)")
+    await chat.has("You edit an earlier message")
+    await chat.page.type_in(".box", "Two, but better")
+    await chat.page.press("Enter")
+    await chat.page.wait_for("document.querySelectorAll('.turn').length === 2")
+    await chat.is_in("completed")
+    assert [it[1] for it in await chat.turns()] == ["One", "Two, but better"]
+    await chat.press("Previous version")
+    await chat.page.wait_for("document.querySelectorAll('.turn').length === 3")
+    assert [it[1] for it in await chat.turns()] == ["One", "Two", "Three"]
+    await chat.page.click(".turn:nth-child(2) .tools button:nth-of-type(4)")
+    await chat.page.wait_for(f"!location.hash.endsWith('{session}')")
+    await chat.page.wait_for("document.querySelectorAll('.turn').length === 2")
+    assert [it[1] for it in await chat.turns()] == ["One", "Two"]
+
+
+async def test_a_cut_connection_comes_back_with_nothing_lost_and_the_timeline_shows_it(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("slow")
+    chat = await open_chat(tabs, session)
+    await chat.send("Count")
+    for times in (1, 2):
+        await chat.replies(f" {9 * times} ")
+        await chat.press("Cut my connection")
+        await chat.page.wait_for(f"{LAST}.querySelectorAll('.moments [data-kind=back]').length === {times}")
+    await chat.replies(" 40 ")
+    await chat.has("2 cuts, none missing", ".sum")
+    await chat.press("Stop")
+    await chat.is_in("cancelled")
+    [turn] = await turns_of(tabs, session)
+    numbers = (await chat.reply()).split()
+    assert numbers == turn["text"].split() == [str(it) for it in range(len(numbers))]
+    moments = await chat.page.get(f"[...{LAST}.querySelectorAll('.moments b')].map((it) => it.textContent)")
+    assert moments == ["Accepted", "Started", "First token", "Cut", "Back", "Cut", "Back", "Cancelled"]
+
+
+async def test_a_reload_in_mid_stream_goes_on_with_the_whole_reply(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("slow")
+    chat = await open_chat(tabs, session)
+    await chat.send("Count")
+    await chat.replies(" 9 ")
+    await chat.page.reload()
+    await chat.replies("0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 ")
+    await chat.press("Stop")
+    await chat.is_in("cancelled")
+    [turn] = await turns_of(tabs, session)
+    assert (await chat.reply()).split() == turn["text"].split()
+
+
+async def test_a_message_whose_answer_was_lost_with_the_page_is_sent_once(tabs: Tabs) -> None:
+    chat = ChatPage(await tabs.open())
+    await chat.page.hold_answers("*/sessions/*/turns")
+    await chat.send("Only once")
+    session = await chat.session()
+    with trio.fail_after(30):
+        while not await turns_of(tabs, session):  # noqa: ASYNC110  another process's store sets no event
+            await trio.sleep(0.02)
+    await chat.page.call("Fetch.disable")
+    await chat.page.reload()
+    await chat.is_in("completed")
+    assert [it["input"] for it in await turns_of(tabs, session)] == ["Only once"]
+    assert [it[1] for it in await chat.turns()] == ["Only once"]
+
+
+async def test_two_tabs_on_one_conversation_show_the_same(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("slow")
+    one, other = await open_chat(tabs, session), await open_chat(tabs, session)
+    await one.send("Count")
+    await other.replies("0 1 2 3 4 5")
+    await other.press("Stop")
+    for chat in (one, other):
+        await chat.is_in("cancelled")
+    [turn] = await turns_of(tabs, session)
+    for chat in (one, other):
+        await chat.replies(f" {turn['text'].split()[-1]} ")
+        assert [(state, text, reply.split()) for state, text, reply in await chat.turns()] == [
+            ("cancelled", "Count", turn["text"].split())
+        ]
+
+
+async def test_a_conflict_is_said_in_words_and_the_message_is_kept(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("slow")
+    tabs.expected.append("status of 409")
+    chat = await open_chat(tabs, session)
+    await tabs.server.say(session, "From elsewhere", background=True)
+    await chat.send("From here")
+    await chat.has("Another reply is being written in this conversation", ".status")
+    await chat.page.wait_for("document.querySelector('.box').value === 'From here'")
+    await chat.replies("0 1 2")
+    assert [it[1] for it in await chat.turns()] == ["From elsewhere"]
+    await chat.press("Queue")
+    await chat.has("Waits until the reply before it has ended.")
+    await chat.press("Stop")
+    await chat.page.wait_for("document.querySelector('.turn').dataset.state === 'cancelled'")
+    await chat.replies("0 1 2")
+    await chat.press("Stop")
+    await chat.is_in("cancelled")
+    assert [it[1] for it in await chat.turns()] == ["From elsewhere", "From here"]
+
+
+async def test_calls_and_reasoning_are_folded_and_a_failure_says_why(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("calling")
+    chat = await open_chat(tabs, session)
+    await chat.send("What is the weather?")
+    await chat.is_in("completed")
+    for _ in range(2):
+        summaries = await chat.page.get(f"[...{LAST}.querySelectorAll('summary')].map((it) => it.textContent)")
+        assert summaries == ["Reasoning", "Calls get_weather"]
+        assert await chat.page.get(f"{LAST}.querySelector('.call code').textContent") == '{"city":"Oslo"}'
+        assert await chat.page.get(f"[...{LAST}.querySelectorAll('details')].some((it) => it.open)") is False
+        await chat.page.reload()
+        await chat.is_in("completed")
+    failing = await open_chat(tabs, await tabs.server.new_session("failing"))
+    await failing.send("Fail")
+    await failing.is_in("failed")
+    await failing.has("The scripted model failed, as its URL says. (upstream_rejected)", ".turn-end")
+
+
+async def test_a_hostile_reply_does_nothing_to_the_page_that_shows_it(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("hostile")
+    chat = await open_chat(tabs, session)
+    await chat.send("<script>window.hit = 'question'</script>")
+    await chat.is_in("completed")
+    await chat.replies("plain")
+    assert await chat.page.get("window.hit ?? null") is None
+    assert (
+        await chat.page.get("document.querySelectorAll('.turns :is(script, img, iframe, object, style)').length") == 0
+    )
+    await chat.page.get(f"{LAST}.querySelectorAll('.markdown :not(a)').forEach((it) => it.click?.())")
+    assert await chat.page.get("window.hit ?? null") is None
+    copied = (
+        "navigator.clipboard.writeText = (text) => ((window.copied = text), Promise.resolve()),"
+        f"{LAST}.querySelector('.code button').click(), window.copied"
+    )
+    assert await chat.page.get(copied) == "<script>window.hit = 'code'</script>\nrm -rf / # harmless[2K"
+
+
+def create_thousand(url: str) -> None:
+    """One connection and the library's plain client: with httpx the client takes longer than the server."""
+    with contextlib.closing(http.client.HTTPConnection(url.removeprefix("http://"), timeout=CAP_S)) as connection:
+        for number in range(1000):
+            body = json.dumps({"title": f"Conversation number {number}"})
+            connection.request("POST", "/sessions", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 201
+
+
+async def test_a_thousand_conversations_are_listed_and_searched(tabs: Tabs) -> None:
+    await trio.to_thread.run_sync(create_thousand, tabs.server.url)
+    chat = ChatPage(await tabs.open())
+    await chat.page.wait_for("document.querySelectorAll('.session-rows li').length >= 50")
+    assert await chat.page.get("document.querySelectorAll('.session-rows li').length") < 300, "only what is looked at"
+    scroll = "document.querySelector('.session-scroll').scrollTo(0, 1e7)"
+    await chat.page.get(
+        f"new Promise((done) => {{ const look = () => document.querySelectorAll('.session-rows li').length >= 1000 ? "
+        f"done() : ({scroll}, setTimeout(look, 20)); look(); }})"
+    )
+    await chat.page.type_in(".sessions-search input", "number 777")
+    await chat.page.wait_for("document.querySelectorAll('.session-rows li').length === 1")
+    await chat.has("Conversation number 777", ".session-rows")
+    await chat.page.click(".session-rows a")
+    await chat.has("Conversation number 777", ".talk-title")
