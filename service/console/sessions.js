@@ -56,12 +56,10 @@ export class SessionList {
     );
     this.#list.addEventListener("keydown", (event) => this.#move(event));
     const { signal } = context;
-    const seen = new IntersectionObserver((entries) => entries.some((it) => it.isIntersecting) && this.#more(), { root: scroller, rootMargin: "600px" });
-    seen.observe(this.#sentinel);
+    scroller.addEventListener("scroll", () => this.#isNear() && this.#more(), { passive: true });
     const refresh = setInterval(() => document.visibilityState === "visible" && this.refresh(), REFRESH_MS);
     const clocks = setInterval(() => this.#showTimes(), CLOCKS_MS);
     signal.addEventListener("abort", () => {
-      seen.disconnect();
       clearInterval(refresh);
       clearInterval(clocks);
       clearTimeout(timer);
@@ -166,9 +164,10 @@ export class SessionList {
     } finally {
       if (!signal.aborted) this.#isLoading = false;
     }
-    if (!signal.aborted && this.#next !== null && this.#isNear()) requestAnimationFrame(() => this.#more());
+    if (!signal.aborted && this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
   }
 
+  /** Whether the end of the list is seen, or will be soon. */
   #isNear() {
     const scroller = this.#sentinel.parentElement;
     return this.#sentinel.offsetTop < scroller.scrollTop + scroller.clientHeight + 600 && scroller.clientHeight > 0;
@@ -224,7 +223,7 @@ export class SessionList {
     };
     parts.link = h(
       "a",
-      { class: "row", href: `#/chat/${encodeURIComponent(session.id)}` },
+      { class: "session-row", href: `#/chat/${encodeURIComponent(session.id)}` },
       parts.title,
       parts.snippet,
       h("span", { class: "row-facts" }, h("span", { class: "lamp", "aria-hidden": "true" }), parts.state, parts.when, parts.expiry),
@@ -253,8 +252,8 @@ export class SessionList {
   /** Up and down in the list with the arrow keys. */
   #move(event) {
     const by = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
-    if (!by || !event.target.matches("a.row")) return;
+    if (!by || !event.target.matches("a.session-row")) return;
     event.preventDefault();
-    event.target.closest("li")[by]?.querySelector("a.row").focus();
+    event.target.closest("li")[by]?.querySelector("a.session-row").focus();
   }
 }

@@ -141,6 +141,7 @@ class Tabs:
         self.pages.append(page)
         for domain in ("Page", "Runtime", "Log"):
             await page.call(f"{domain}.enable")
+        await page.call("Page.bringToFront")  # a tab that is covered gets no frames
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         await page.call("Emulation.setDeviceMetricsOverride", **metrics)
         await page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
