@@ -21,6 +21,7 @@ from quart import Quart
 from service.api.app import attach, detach
 from service.api.http.app_state import refusals_of
 from service.api.http.proxy import SUCCESSORS
+from service.api.operator.workers import ASK_STOP, WORKERS
 from service.cluster.peer_transport import PeerTransport
 from service.errors import StartupError
 from service.freezes import watch_for_freezes
@@ -147,6 +148,8 @@ class Hosting(Host):
         )
         self._peer_door = PeerDoor()
         self._listener_shutdown = ListenerShutdown(worker, self._listeners, self._peer_door)
+        app.extensions[WORKERS] = lambda: worker.master.workers if worker.master is not None else ()
+        app.extensions[ASK_STOP] = self._ask_stop
         app.extensions[SUCCESSORS] = lambda: worker.master.successors if worker.master is not None else ()
         master = worker.master
         self._metrics = Metrics(
@@ -272,6 +275,13 @@ class Hosting(Host):
             self._worker.master.tell_serving(self._peer_address)
         addresses, secure = self._listeners.addresses, self._listeners.secure_addresses
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
+
+    def _ask_stop(self, reason: str) -> None:
+        """Begin the stop of the whole server, as a signal to it would. A master, if there is one, gives the notice."""
+        if self._worker.master is not None:
+            self._worker.master.ask_stop(reason)
+        else:
+            self._notice.tell(reason)
 
     def _wish_to_end(self) -> None:
         """Stop because of ``--max-requests``: once another worker serves in this place, if the master sees to that."""

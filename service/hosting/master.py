@@ -137,6 +137,7 @@ class Workers:
         self._failed_generation = -1
         self._reload_wanted = False
         self._stopping = False
+        self._stop_reason = ""
         self._has_served = False
         self._pause = StartPause()
         self._died_at: deque[float] = deque(maxlen=REPLACEMENTS_MAX)
@@ -166,6 +167,7 @@ class Workers:
         self._take_messages()
         for worker in self._take_ended():
             self._judge(worker)
+        self._heed_operator()
         if self._stopping:
             return
         self._kill_late()
@@ -173,6 +175,18 @@ class Workers:
         self._begin_reload()
         self._start_missing()
         self._let_stale_leave()
+        self._tell_workers()
+
+    def _heed_operator(self) -> None:
+        """Begin the stop if a worker asks for it, because an operator has asked the worker."""
+        if reason := next((worker.asks_stop for worker in self._workers if worker.asks_stop), ""):
+            self._stopping, self._stop_reason = True, reason
+
+    def _tell_workers(self) -> None:
+        """Tell the workers of each other, where one has begun, serves, drains or has ended."""
+        known = [worker.known for worker in self._workers]
+        for worker in self._workers:
+            worker.tell_workers(known)
 
     def _wait(self, for_s: float) -> None:
         """Wait until a worker has ended or tells something, until a signal, or for this time."""
@@ -462,7 +476,8 @@ class Workers:
     def _stop(self) -> None:
         """Tell all workers to stop, and wait for their ends; kill those that are late."""
         for worker in self._workers:
-            worker.tell_stop(slack_s=STOP_SLACK_S)
+            worker.tell_stop(slack_s=STOP_SLACK_S, reason=self._stop_reason)
+        self._tell_workers()
         self._take_messages()
         self._end_starts(hurry=not self._clients_wait())
         while self._workers:

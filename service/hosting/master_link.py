@@ -10,8 +10,10 @@ message        to          what it says
 ``serving``    the master  it takes clients; with its peer address, if it has one
 ``successor``  the master  it asks for a worker in its place, because of ``--max-requests``
 ``refused``    the master  its start was refused; with the reason
+``drain``      the master  an operator has asked it to stop the whole service; with what the reports call the reason
+``workers``    the worker  all workers that there are, as JSON; told whenever one of them begins, serves, drains or ends
 ``leave``      the worker  other workers serve in its place: it is to drain; with their peer addresses
-``stop``       the worker  the whole service stops
+``stop``       the worker  the whole service stops; with the reason, if it is an operator's
 =============  ==========  ========================================================================================
 """
 
@@ -21,8 +23,10 @@ from contextlib import suppress
 from enum import StrEnum
 from multiprocessing.connection import Connection
 
+import msgspec
 import trio
 
+from service.cluster.workers import KnownWorker
 from service.hosting.hypercorn.worker import Master
 from service.hosting.listeners.worker_status import open_common_file
 
@@ -34,6 +38,8 @@ class Message(StrEnum):
     SERVING = "serving"
     SUCCESSOR = "successor"
     REFUSED = "refused"
+    DRAIN = "drain"
+    WORKERS = "workers"
     LEAVE = "leave"
     STOP = "stop"
 
@@ -46,11 +52,13 @@ class MasterLink(Master):
 
     Attributes:
         successors: The peer addresses of the workers that serve in this worker's place.
+        workers: All workers of the service, this one among them, as the master has told them last.
     """
 
     def __init__(self, pid: int, connection: Connection, status_file: int) -> None:
         self.pid = pid
         self.successors: Sequence[str] = ()
+        self.workers: Sequence[KnownWorker] = ()
         self._connection = connection
         self._status_file = status_file
         self._told: Message | None = None
@@ -83,13 +91,15 @@ class MasterLink(Master):
             except (EOFError, OSError):
                 self._told = Message.STOP  # the workers in this one's place stop, too
                 return tell("the master died")
-            if word == Message.LEAVE:
+            if word == Message.WORKERS:
+                self.workers = msgspec.json.decode(rest, type=list[KnownWorker])
+            elif word == Message.LEAVE:
                 self.successors = rest.split()
                 self._told = self._told or Message.LEAVE
                 tell("max requests" if self._asked else "the master reloads")
             else:
                 self._told = Message.STOP
-                tell("the master stops")
+                tell(rest or "the master stops")
 
     def tell_begun(self, stop_within_s: float) -> None:
         self._send(Message.BEGUN, str(stop_within_s))
@@ -99,6 +109,9 @@ class MasterLink(Master):
 
     def tell_refused(self, reason: str) -> None:
         self._send(Message.REFUSED, reason)
+
+    def ask_stop(self, reason: str) -> None:
+        self._send(Message.DRAIN, reason)
 
     def ask_for_successor(self) -> bool:
         if not self._asked:

@@ -3,14 +3,17 @@
 import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
+import msgspec
 from hypercorn.config import Config, Sockets
 
+from service.cluster.workers import KnownWorker, WorkerPhase
 from service.hosting.master_link import Message
 from service.hosting.worker_main import HELD_BACK, SharedFile, run_worker
 
@@ -31,6 +34,7 @@ class WorkerProcess:
         serves_since: On the same clock; infinite before it serves.
         wants_successor: Whether another worker is to take its place.
         peer_address: Where the service's other processes reach it; empty where they do not.
+        asks_stop: Why it asks for a stop of the whole service; empty if it does not.
         refusal: Why its start was refused, in its own words.
         end_by: When it is killed; None while it is not told to end.
     """
@@ -42,7 +46,9 @@ class WorkerProcess:
         self.started_at = time.monotonic()
         self.has_begun = self.serves = self.wants_successor = False
         self.serves_since = math.inf
-        self.peer_address = self.refusal = ""
+        self.peer_address = self.refusal = self.asks_stop = ""
+        self._begun_at = datetime.now(UTC)
+        self._told: Sequence[KnownWorker] = ()
         self.end_by: float | None = None
         self._connection: Connection | None = connection
 
@@ -92,15 +98,29 @@ class WorkerProcess:
                 self.wants_successor = True
             case Message.REFUSED:
                 self.refusal = rest
+            case Message.DRAIN:
+                self.asks_stop = rest
+
+    @property
+    def known(self) -> KnownWorker:
+        """What the other workers are told of it."""
+        status: WorkerPhase = "draining" if self.end_by is not None else "serving" if self.serves else "starting"
+        return KnownWorker(pid=self.pid or 0, status=status, started_at=self._begun_at, address=self.peer_address)
+
+    def tell_workers(self, workers: Sequence[KnownWorker]) -> None:
+        """Tell which workers there are, if it listens and does not know this already."""
+        if self.has_begun and self._told != workers:
+            self._told = workers
+            self._tell(f"{Message.WORKERS} {msgspec.json.encode(workers).decode()}")
 
     def tell_leave(self, successors: Iterable[str], *, slack_s: float) -> None:
         """Have it drain and end, because other workers serve in its place."""
         self._tell(" ".join([Message.LEAVE, *filter(None, successors)]))
         self._end_within(slack_s)
 
-    def tell_stop(self, *, slack_s: float) -> None:
+    def tell_stop(self, *, slack_s: float, reason: str = "") -> None:
         """Have it stop, because the whole service stops."""
-        self._tell(Message.STOP)
+        self._tell(f"{Message.STOP} {reason}".rstrip())
         self._end_within(slack_s)
 
     def _end_within(self, slack_s: float) -> None:

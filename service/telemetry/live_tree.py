@@ -40,6 +40,7 @@ _NAMES = {
     "<init>": "Trio's first task",
     "<TrioToken.run_sync_soon task>": "calls from other threads",
     "worker_serve": "HTTP server (hypercorn)",
+    "hypercorn.trio.serve": "HTTP server (hypercorn)",
     "handle_lifespan": "lifespan: holds the service",
     "_close_when_idle": "idle timer",
     "_cancel_unopened": "guard of the start",

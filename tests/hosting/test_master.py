@@ -18,9 +18,11 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
 import hypercorn.run
+import msgspec
 import pytest
 from hypercorn.config import Config, Sockets
 
+from service.cluster.workers import KnownWorker
 from service.hosting import master, start_pause, worker_process
 from service.hosting.master import (
     AT_ONCE_MAX,
@@ -70,6 +72,7 @@ class FakeWorker(WorkerProcess):
         self.fake = SimpleNamespace(pid=pid, exitcode=None, kill=self._kill, terminate=self._terminate)
         self.signals: list[str] = []
         self.told: list[str] = []
+        self.told_of_workers: list[str] = []
         super().__init__(cast("Any", self.fake), cast("Any", None), generation=generation, stop_within_s=stop_within_s)
 
     def _kill(self) -> None:
@@ -79,7 +82,7 @@ class FakeWorker(WorkerProcess):
         self.signals.append("SIGTERM")
 
     def _tell(self, text: str) -> None:
-        self.told.append(text)
+        (self.told_of_workers if text.startswith("workers ") else self.told).append(text)
 
     def release(self) -> None:
         del self.fake.pid  # as a process that is closed
@@ -880,3 +883,35 @@ def test_the_master_s_lines_have_the_form_of_the_log(capfd: pytest.CaptureFixtur
         assert "[error    ] one" in first
         assert f"pid={os.getpid()}" in first
         assert "two \\udcff \\x1b[2J" in second
+
+
+# What operators ask and see
+
+
+def test_a_worker_that_is_asked_for_a_drain_has_the_whole_service_stop(service: Service) -> None:
+    service.serve()
+    first, second = service.started
+    first._note(Message.DRAIN, "admin drain")
+    service.advance()
+    assert service.is_stopping
+    for worker in (first, second):
+        worker.tell_stop(slack_s=1, reason=service.workers._stop_reason)
+        assert worker.told == ["stop admin drain"]
+
+
+def test_workers_are_told_of_each_other_when_something_changes(service: Service) -> None:
+    first, second = service.started
+    assert first.told_of_workers == []
+    service.serve()
+
+    def last(worker: FakeWorker) -> list[tuple[int, str, str]]:
+        told = msgspec.json.decode(worker.told_of_workers[-1].removeprefix("workers "), type=list[KnownWorker])
+        return [(it.pid, it.status, it.address) for it in told]
+
+    assert last(first) == last(second) == [(0, "serving", "@0"), (1, "serving", "@1")]
+    told = len(first.told_of_workers)
+    service.advance()
+    assert len(first.told_of_workers) == told, "nothing has changed"
+    service.reload()
+    service.finish_reload()
+    assert [status for _, status, _ in last(first)] == ["draining", "draining", "serving", "serving"]

@@ -1,10 +1,13 @@
 """The worker's end of the link to our master."""
 
 import os
+from datetime import UTC, datetime
 from multiprocessing import Pipe
 
+import msgspec
 import pytest
 
+from service.cluster.workers import KnownWorker
 from service.hosting.master_link import MasterLink
 
 
@@ -22,3 +25,19 @@ def test_where_the_master_dies_no_worker_serves_in_this_ones_place(told: tuple[b
     assert reasons == [*[("the master reloads", True) for _ in told], ("the master died", False)]
     assert link.wants_stop()
     assert link.worker_follows(()) is False
+
+
+def test_a_worker_learns_of_the_others_and_passes_on_what_an_operator_asks() -> None:
+    masters, workers = Pipe()
+    link = MasterLink(os.getppid(), workers, status_file=-1)
+    known = [KnownWorker(pid=1, status="serving", started_at=datetime.now(UTC), address="@a")]
+    link.ask_stop("admin drain")
+    assert masters.recv_bytes() == b"drain admin drain"
+    masters.send_bytes(b"workers " + msgspec.json.encode(known))
+    masters.send_bytes(b"stop admin drain")
+    masters.close()
+    reasons: list[str] = []
+    with workers:
+        link.watch(reasons.append)
+    assert link.workers == known
+    assert reasons == ["admin drain", "the master died"]

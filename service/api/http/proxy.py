@@ -18,6 +18,7 @@ the same when this process has died (``service/hosting/peer_listener.py``).
 import random
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple, cast
@@ -76,6 +77,8 @@ _LATER = "lastcall.later"
 """Key in a request's ASGI scope: the seconds by which its answer may take longer than a step of the store."""
 _LOOK = "lastcall.look"
 """Key in a request's ASGI scope: its answer is as good without the end of the turn for which the answer waits."""
+_CUT = "lastcall.cut"
+"""Key in a request's ASGI scope: the last frame of a passed-on stream of other events than a turn's that ends early."""
 _FACE = "lastcall.face"
 """Key in a request's ASGI scope: the face of the stream that answers the request."""
 SLOT = "lastcall.slot"
@@ -272,6 +275,26 @@ async def hand_over(error: ShuttingDownError) -> TrioResponse:
     raise error
 
 
+async def pass_to(address: str, *, cut: bytes) -> TrioResponse | None:
+    """Pass the current request, a GET, to the process at this address, and return its answer.
+
+    None if that process has gone, or stops. The stop of this process does not wait for the answer.
+
+    Args:
+        cut: The last frame of a stream that ends early, with that process or with this one.
+
+    Raises:
+        ResourcesExhaustedError, StoreError: As :func:`forward`.
+    """
+    scope = cast("dict[str, object]", request.scope)
+    scope[_LOOK], scope[_CUT] = True, cut
+    stream = await _connect(address)
+    if stream is None:
+        return None
+    itself = OwnedElsewhereError("", fence=_NO_OWNER, address=address)
+    return await _answer_from(stream, itself, hops=_hops(), handed_over=True)
+
+
 async def _connect(address: str) -> PeerStream | None:
     """Connect to a process of the service, as its transport does."""
     return await current_service().sessions.proxied_requests.transport.connect(address)
@@ -326,12 +349,16 @@ async def _answer_from(
     )
     if _is_stream(head):
         leave_at_end_of_input()
+        face = cast("dict[str, EncodeFrame | FaceStream]", request.scope).get(_FACE)
+        if face is None:  # the stream is not a turn's
+            response.response = RelayedStream(peer, slot, cut=cast("dict[str, bytes]", request.scope)[_CUT])
+            return response
         response.response = proxied = ProxiedStream(
             peer,
             slot,
             fence=error.fence,
             turn_path=response.headers.get("Location") or request.path,
-            face=cast("dict[str, EncodeFrame | FaceStream]", request.scope)[_FACE],
+            face=face,
         )
         release_after_request(proxied.close)
     return response
@@ -585,6 +612,44 @@ class ProxiedStream(ResponseBody):
             return None
         await log.load_after(self._seq)
         return EventStream(log, slot, after=self._seq, encode=self._face, opening=b"", scope=self._scope)
+
+
+class RelayedStream(ResponseBody):
+    """A stream on its way from another process to the client, in whole frames.
+
+    Args:
+        cut: The last frame if it ends early: because that process ends or hangs, or this one stops.
+    """
+
+    def __init__(self, peer: "PeerConnection", slot: ProxiedRequest, *, cut: bytes) -> None:
+        self._peer = peer
+        self._slot = slot
+        self._cut = cut
+        self._unsent = b""
+        self._has_ended = False
+
+    async def __aenter__(self) -> "RelayedStream":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass  # the connection to that process is closed with the request
+
+    def __aiter__(self) -> "RelayedStream":
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._has_ended:
+            data = None
+            with suppress(*PEER_GONE), self._slot.waiting():
+                data = await self._peer.receive_body()
+            if data is None:
+                self._has_ended = True
+                return self._cut
+            self._has_ended = not data
+            whole, self._unsent = split_whole(self._unsent + data)
+            if whole:
+                return whole
+        raise StopAsyncIteration
 
 
 def split_whole(data: bytes) -> tuple[bytes, bytes]:

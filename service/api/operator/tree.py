@@ -5,7 +5,6 @@ no session, and it ends with the drain of a worker that others replace, or else 
 viewer sees the phases of a shutdown pass until then.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from secrets import token_hex
@@ -13,8 +12,8 @@ from typing import Any
 
 import msgspec
 import trio
-from msgspec import UNSET
-from quart import Blueprint, request
+from msgspec import UNSET, UnsetType
+from quart import request
 from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
@@ -22,12 +21,14 @@ from service.api.http.admin_access import CrossSiteError
 from service.api.http.app_state import current_service, encoded_response
 from service.api.http.event_stream import HEADERS, MEDIA_TYPE, LastPiece
 from service.api.http.operations import Answer, operation
+from service.api.http.proxy import is_from_peer, pass_to
 from service.api.http.query_params import read_query
 from service.api.http.request_resources import release_after_request
+from service.api.operator.admin import blueprint
+from service.api.operator.stop_wire import stop_of
 from service.api.operator.tree_wire import (
     Counts,
     Sampling,
-    StopShown,
     Tree,
     TreeChange,
     TreeEnd,
@@ -36,9 +37,8 @@ from service.api.operator.tree_wire import (
     TreeQuery,
     WorkerShown,
 )
+from service.api.operator.workers import Workers, current_workers
 from service.errors import NodeNotFoundError, StreamLimitError, WorkerNotFoundError
-from service.settings import Settings
-from service.shutdown import Shutdown
 from service.steps import in_steps
 from service.stop_state import Phase
 from service.supervisor import Service
@@ -46,7 +46,7 @@ from service.telemetry.live_tree import Snapshot
 from service.telemetry.tree_nodes import Node
 from service.telemetry.tree_views import Difference, View
 
-blueprint = Blueprint("admin", __name__, url_prefix="/admin")
+__all__ = ["blueprint"]
 
 SHARED_S = 0.25
 """How old a snapshot may be that answers a call."""
@@ -56,7 +56,6 @@ COSTS_TOLD_S = 1.0
 """How often a stream tells what its looks cost."""
 _PIECE_NODES = 500
 """So many nodes are encoded in one step."""
-_STARTED_AT = datetime.now(UTC)
 _PROCESS = token_hex(4)
 """Makes the ids of this process's snapshots differ from those of the process before."""
 _HEARTBEAT = b": heartbeat\n\n"
@@ -78,7 +77,8 @@ async def get_live_tree() -> TrioResponse:
     """
     service = current_service()
     query = read_query(request, TreeQuery)
-    _check_worker(query.worker)
+    if (response := await _other_worker(service, query.worker)) is not None:
+        return response
     snapshot = await service.tree.look(max_age_s=SHARED_S)
     etag = f'"{_id_of(snapshot)}"'
     if request.headers.get("If-None-Match") == etag:
@@ -89,7 +89,7 @@ async def get_live_tree() -> TrioResponse:
     nodes = await in_steps(view.of(snapshot.nodes))
     if nodes is None:
         raise NodeNotFoundError
-    head = _head(service, snapshot, shown=len(nodes), interval_s=SHARED_S)
+    head = _head(service, current_workers(), snapshot, shown=len(nodes), interval_s=SHARED_S)
     pieces = []
     for piece in _with_lists(head, {"nodes": nodes}):
         pieces.append(piece)
@@ -116,7 +116,8 @@ async def stream_live_tree() -> TrioResponse:
     """Follow the live tree: a snapshot, then what changes, several times a second, up to the end of the process."""
     service = current_service()
     query = read_query(request, TreeEventsQuery)
-    _check_worker(query.worker)
+    if (response := await _other_worker(service, query.worker)) is not None:
+        return response
     if len(service.tree.viewers) >= VIEWERS_MAX:
         raise StreamLimitError(f"{VIEWERS_MAX} viewers follow the tree already; try again later.")
     if request.method == "HEAD":
@@ -127,9 +128,21 @@ async def stream_live_tree() -> TrioResponse:
     return TrioResponse(body, headers=HEADERS, content_type=MEDIA_TYPE)
 
 
-def _check_worker(pid: Any) -> None:
-    if pid is not UNSET and pid != os.getpid():
+async def _other_worker(service: Service, pid: int | UnsetType) -> TrioResponse | None:
+    """The answer of another worker, if the request is for one.
+
+    Raises:
+        WorkerNotFoundError
+        ResourcesExhaustedError, StoreError: The worker cannot be reached, or does not answer in time.
+    """
+    worker = None if pid is UNSET else current_workers().find(pid)
+    if worker is None:
+        return None
+    cut = b"event: end\ndata: " + msgspec.json.encode(TreeEnd(reason="gone", shutdown=stop_of(service))) + b"\n\n"
+    response = None if is_from_peer() else await pass_to(worker.address, cut=cut)
+    if response is None:
         raise WorkerNotFoundError
+    return response
 
 
 class TreeStream(ResponseBody):
@@ -137,6 +150,7 @@ class TreeStream(ResponseBody):
 
     def __init__(self, service: Service, view: View, *, interval_s: float) -> None:
         self._service = service
+        self._workers = current_workers()
         self._tree = service.tree
         self._task = trio.lowlevel.current_task()
         self._tree.viewers[self._task] = trio.current_time()
@@ -204,7 +218,7 @@ class TreeStream(ResponseBody):
         return phase >= Phase.RELEASING or (phase >= Phase.DRAINING and self._stop.is_replaced)
 
     def _tell_all(self, snapshot: Snapshot, nodes: Sequence[Node]) -> Iterator[bytes]:
-        head = _head(self._service, snapshot, shown=len(nodes), interval_s=self._interval_s)
+        head = _head(self._service, self._workers, snapshot, shown=len(nodes), interval_s=self._interval_s)
         self._told_id = head.id
         self._told = {"worker": head.worker, "workers": head.workers, "shutdown": head.shutdown, "counts": head.counts}
         yield b"event: snapshot\ndata: "
@@ -216,7 +230,7 @@ class TreeStream(ResponseBody):
     ) -> Iterator[bytes]:
         """The event of a change; a heartbeat now and then if there is none."""
         now = trio.current_time()
-        head = _head(self._service, snapshot, shown=shown or 0, interval_s=self._interval_s)
+        head = _head(self._service, self._workers, snapshot, shown=shown or 0, interval_s=self._interval_s)
         fresh = {"worker": head.worker, "workers": head.workers, "shutdown": head.shutdown}
         if shown is not None:
             fresh["counts"] = head.counts
@@ -242,7 +256,7 @@ class TreeStream(ResponseBody):
 
     def _end(self, reason: Any) -> Iterator[bytes]:
         self._ended = True
-        end = TreeEnd(reason=reason, shutdown=_stop_of(self._service.settings, self._stop, self._service))
+        end = TreeEnd(reason=reason, shutdown=stop_of(self._service))
         return iter((LastPiece(b"event: end\ndata: " + msgspec.json.encode(end) + b"\n\n"),))
 
 
@@ -258,18 +272,14 @@ def _with_lists(head: msgspec.Struct, lists: dict[str, Sequence[Any]], *, last: 
     yield last + b"}"
 
 
-def _head(service: Service, snapshot: Snapshot, *, shown: int, interval_s: float) -> TreeHead:
-    stop = service.shutdown
-    this = WorkerShown(
-        pid=os.getpid(), status="draining" if stop.phase >= Phase.DRAINING else "serving", started_at=_STARTED_AT
-    )
+def _head(service: Service, workers: Workers, snapshot: Snapshot, *, shown: int, interval_s: float) -> TreeHead:
     return TreeHead(
         id=_id_of(snapshot),
         taken_at=snapshot.taken_at,
         clock=snapshot.clock,
-        worker=this,
-        workers=(this,),
-        shutdown=_stop_of(service.settings, stop, service),
+        worker=WorkerShown.of(workers.this()),
+        workers=tuple(map(WorkerShown.of, workers.known())),
+        shutdown=stop_of(service),
         sampling=Sampling(
             interval_s=round(service.tree.next_look_at(snapshot, interval_s=interval_s) - snapshot.at, 3),
             took_ms=snapshot.took_ms,
@@ -281,21 +291,6 @@ def _head(service: Service, snapshot: Snapshot, *, shown: int, interval_s: float
             nodes=len(snapshot.nodes) + snapshot.left_out,
             left_out=len(snapshot.nodes) + snapshot.left_out - shown,
         ),
-    )
-
-
-def _stop_of(settings: Settings, stop: Shutdown, service: Service) -> StopShown:
-    return StopShown(
-        phase=str(stop.phase),
-        reason=stop.reason,
-        entered={str(phase): service.tree.moment(at) for phase, at in stop.entered_at.items()},
-        bounds_s={
-            "lame_duck": settings.lame_duck_timeout_s,
-            "draining": settings.drain_timeout_s,
-            "interrupting": settings.cleanup_timeout_s,
-            "releasing": settings.release_timeout_s,
-            "total": settings.shutdown_total_s,
-        },
     )
 
 

@@ -1,12 +1,14 @@
 """The answers and queries of the calls about the live tree, each with one example."""
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from service.api.http.wire_types import Query
+from service.api.operator.stop_wire import StopShown
+from service.cluster.workers import KnownWorker, WorkerPhase
 from service.telemetry.tree_nodes import Node
 
 NODES_DEFAULT = 5000
@@ -43,21 +45,12 @@ class WorkerShown(msgspec.Struct, frozen=True, kw_only=True):
     """``{"pid": 4711, "status": "serving", "started_at": "2026-01-31T09:30:00Z"}``"""
 
     pid: int
-    status: Literal["starting", "serving", "draining"]
+    status: WorkerPhase
     started_at: Time
 
-
-class StopShown(msgspec.Struct, frozen=True, kw_only=True):
-    """The stop of the process: its phase, and the settings' bounds.
-
-    ``{"phase": "draining", "reason": "SIGTERM", "entered": {"draining": 812.9}, "bounds_s": {"lame_duck": 0.0,
-    "draining": 2.0, "interrupting": 1.0, "releasing": 1.0, "total": 5.0}}``
-    """
-
-    phase: str
-    reason: str
-    entered: Annotated[dict[str, float], Meta(description="When each phase was entered, on `clock`.")]
-    bounds_s: dict[str, float]
+    @classmethod
+    def of(cls, worker: KnownWorker) -> Self:
+        return cls(pid=worker.pid, status=worker.status, started_at=worker.started_at)
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):

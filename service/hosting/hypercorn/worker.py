@@ -7,6 +7,7 @@ seems to work is worse than none. ``tests/hosting/hypercorn/test_worker.py`` fai
 import multiprocessing
 import os
 import select
+import signal
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -26,6 +27,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper
 from hypercorn.utils import repr_socket_addr
 
+from service.cluster.workers import KnownWorker
 from service.errors import StartupError
 from service.hosting.listeners.worker_status import Siblings, StatusBeacon, open_common_file
 
@@ -44,11 +46,13 @@ class Master(ABC):
         pid: Its process id.
         stop_event: The event by which hypercorn's master tells its workers to stop; None with our own master.
         successors: The peer addresses of the workers that serve in this worker's place, once it knows them.
+        workers: All workers of the service, as far as the master tells.
     """
 
     pid: int
     stop_event: MasterEvent | None = None
     successors: Sequence[str] = ()
+    workers: Sequence[KnownWorker] = ()
 
     def is_alive(self) -> bool:
         return os.getppid() == self.pid
@@ -56,6 +60,10 @@ class Master(ABC):
     @abstractmethod
     def watch(self, tell: Callable[[str], None]) -> None:
         """Give notice once the master wants this worker to stop, or has died. Runs in a thread of its own."""
+
+    @abstractmethod
+    def ask_stop(self, reason: str) -> None:
+        """Ask the master to stop the whole service, as a signal would. Never waits."""
 
     @abstractmethod
     def wants_stop(self) -> bool:
@@ -115,6 +123,10 @@ class HypercornMaster(Master):
     def wants_stop(self) -> bool:
         """Whether the event is set, without the locks and the system calls of ``is_set``."""
         return self.stop_event._flag.get_value() > 0  # type: ignore[attr-defined, no-any-return]
+
+    def ask_stop(self, reason: str) -> None:  # noqa: ARG002  it has no words
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
 
     def watch(self, tell: Callable[[str], None]) -> None:
         death = select.poll()

@@ -25,6 +25,7 @@ from service.api.openai.models import ModelList
 from service.api.openai.response import Response
 from service.api.openai.responses import DeletedResponse
 from service.api.operator.console import Root
+from service.api.operator.drain import Draining
 from service.api.operator.health import Health
 from service.api.operator.tree_wire import Tree
 from service.api.reference.client_schemas import structs_in
@@ -43,7 +44,7 @@ ANSWERS = {
     name: kind
     for of in (
         *(SessionList, MessageList, AddedMessages, TurnList, TurnTree),
-        *(Health, Root, Problem, Event, Tree),
+        *(Health, Root, Problem, Event, Tree, Draining),
         *(Response, ItemList, DeletedResponse, ErrorBody, EndErrorBody),
         *(ChatCompletion, Conversation, ConversationDeleted, ModelList),
     )

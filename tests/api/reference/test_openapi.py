@@ -32,7 +32,7 @@ from service.api.openai import (
 )
 from service.api.openai import errors as openai_errors
 from service.api.openai import response as openai_response
-from service.api.operator import console, health, tree_wire
+from service.api.operator import console, drain, health, tree_wire
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from service.failure_codes import FailureCode
@@ -40,7 +40,7 @@ from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
 WIRE = (
-    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems, health, console, tree_wire),
+    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems, health, console, tree_wire, drain),
     *(openai_errors, failures, items, requests, openai_response, responses),
     *(chat_frames, chat_requests, conversation_wire, models),
 )
@@ -84,7 +84,7 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "DELETE /v1/conversations/{conversation_id}/items/{item_name}",
         "POST /v1/responses", "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
         "POST /v1/responses/{response_id}/cancel", "GET /v1/responses/{response_id}/input_items",
-        "GET /admin/tree", "GET /admin/tree/events",
+        "GET /admin/tree", "GET /admin/tree/events", "POST /admin/drain",
         "GET /healthz", "GET /readyz", "GET /metrics", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
@@ -230,7 +230,7 @@ async def test_each_call_has_a_command_that_does_it(keys: tuple[object, ...], pr
             "create_response",
             *CONVERSATIONS_FIRST,
         )
-        last = ("delete_message", "delete_turn", "delete_session", "delete_response", *CONVERSATIONS_LAST)
+        last = ("delete_message", "delete_turn", "delete_session", "delete_response", *CONVERSATIONS_LAST, "drain")
         for id_ in (*first, *sorted(commands.keys() - {*first, *last, *ENDLESS}), *last):
             parts = commands[id_]
             target = next(part for part in parts if part.startswith(url)).removeprefix(url)

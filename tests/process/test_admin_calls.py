@@ -1,0 +1,62 @@
+"""The calls for operators on a real server with two workers: each shows the tree of the other, and one stops both."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+from tests.process.lastcall import CAP_S, CONFIGURED_2, open_lastcall, wait_gone
+
+pytestmark = pytest.mark.parallel
+
+
+async def test_two_workers_show_each_other_and_a_drain_stops_both(tmp_path: Path) -> None:
+    async with (
+        open_lastcall(CONFIGURED_2, tmp_path, drain_timeout_s=5) as server,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=CAP_S) as client,
+    ):
+        workers: list[dict[str, Any]] = []
+        while len(workers) < 2 or {it["status"] for it in workers} != {"serving"}:
+            workers = (await client.get("/admin/tree")).json()["workers"]
+        pids = {worker["pid"] for worker in workers}
+        for pid in pids:
+            snapshot = (await client.get(f"/admin/tree?worker={pid}")).json()
+            assert snapshot["worker"]["pid"] == pid
+            assert snapshot["nodes"][0]["name"] == f"process {pid}"
+            etag = (await client.get(f"/admin/tree?worker={pid}")).headers["etag"]
+            assert etag.strip('"').startswith(snapshot["id"].partition("-")[0])
+        assert (await client.get("/admin/tree?worker=1")).json()["code"] == "worker_not_found"
+        ends = {}
+        async with trio.open_nursery() as nursery:
+            ready = {pid: trio.Event() for pid in pids}
+
+            async def follow(pid: int) -> None:
+                async with client.stream("GET", f"/admin/tree/events?worker={pid}") as stream:
+                    name = ""
+                    async for line in stream.aiter_lines():
+                        if line.startswith("event: "):
+                            name = line.removeprefix("event: ")
+                        elif line.startswith("data: ") and name == "snapshot":
+                            assert json.loads(line.removeprefix("data: "))["worker"]["pid"] == pid
+                            ready[pid].set()
+                        elif line.startswith("data: ") and name == "end":
+                            ends[pid] = json.loads(line.removeprefix("data: "))["reason"]
+
+            for pid in pids:
+                nursery.start_soon(follow, pid)
+            for event in ready.values():
+                await event.wait()
+            answer = await client.post("/admin/drain", json={})
+            assert answer.status_code == 202
+            assert answer.json()["workers"] == 2
+            assert answer.json()["reason"] in ("", "admin drain")
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    assert ends.keys() == pids
+    assert set(ends.values()) <= {"shutdown", "gone"}, "a stream through the other worker may end with that worker"
+    reports = [line for line in (tmp_path / "server.log").read_text().splitlines() if "shutdown report" in line]
+    assert {json.loads(line)["reason"] for line in reports} == {"admin drain"}
+    assert len(reports) == 2
