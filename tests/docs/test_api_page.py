@@ -34,12 +34,12 @@ OWN = re.compile(r"(?m)^Errors: .*$")
 
 
 def native_calls() -> dict[Call, dict[str, Any]]:
-    """The operations of the native API. The calls of other APIs have pages of their own."""
+    """The operations of the native API. The calls of other APIs, and those for operators, have pages of their own."""
     return {
         (method.upper(), path): operation
         for path, methods in build_document(create_app())["paths"].items()
         for method, operation in methods.items()
-        if not path.startswith(("/v1/", "/admin/"))
+        if not path.startswith(("/v1/", "/admin/", "/metrics"))
     }
 
 
