@@ -668,6 +668,12 @@ class Client:
 
     # Requests
 
+    async def request(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, params: Mapping[str, str] | None = None
+    ) -> Any:
+        """Make a call that has no method here, such as ``/admin/tree``: return the JSON of its answer."""
+        return await self._json(method, path, body=body, params=params)
+
     def _starting(
         self,
         path: str,

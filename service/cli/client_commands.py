@@ -1,4 +1,4 @@
-"""The commands that talk to a server: ``lastcall chat`` and ``lastcall sessions``.
+"""The commands that talk to a server: ``lastcall chat``, ``sessions`` and ``tree``.
 
 This module is loaded for each ``--help``, so it imports nothing that takes a moment: what a command needs is imported
 when it runs.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from service.cli import exit_codes
 from service.client_settings import ClientSettingsError, read_target
 
-CLIENT_COMMANDS = ("chat", "sessions")
+CLIENT_COMMANDS = ("chat", "sessions", "tree")
 _EXIT_CODES = """\
 exit codes: 0 done; 1 the turn did not complete, or the server refused; 2 wrong arguments; 69 no server answers;
 75 refused for the moment; 76 no Lastcall server; 77 no permission; 130 Ctrl+C
@@ -53,6 +53,11 @@ def add_client_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     sessions.add_argument("--after", metavar="CURSOR", help="the next page: what the page before said")
     sessions.add_argument("--all", action="store_true", help="all pages")
     sessions.add_argument("--json", action="store_true", help="print each session as JSON, one a line")
+    tree = add("tree", "draw what the server's process does now, as a tree; live on a terminal, until q or Ctrl+C")
+    tree.add_argument("--once", action="store_true", help="draw it once")
+    tree.add_argument("--worker", metavar="PID", type=int, help="this worker of the server")
+    tree.add_argument("--all", action="store_true", help="with cancel scopes, nurseries and idle connections")
+    tree.add_argument("--json", action="store_true", help="print the server's answer as JSON")
 
 
 def _limit(text: str) -> int:

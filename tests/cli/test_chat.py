@@ -20,10 +20,9 @@ from service.cli.main import main
 from service.client_settings import ClientSettingsError, read_target
 from service.errors import SettingsError
 from service.settings import Settings, read_sources
-from tests.cli.terminals import KEY, Served, open_terminal, serving
+from tests.cli.terminals import ADMIN_KEY, CAP_S, KEY, Served, open_terminal, serving
 from tests.clients.surroundings import free_port, open_cutting_proxy
 from tests.docs.test_examples import open_model, program
-from tests.process.lastcall import CAP_S
 
 HOSTILE = (
     "\x1b]52;c;ZXZpbA==\x07\x1b]0;title\x1b\\\x1b[2J\x1b[H\x9b31m\x08\x08\rover "
@@ -127,6 +126,8 @@ def test_a_hostile_reply_is_harmless_and_keeps_its_lines_tabs_and_letters(
         (["chat", "Hi", "--url", "127.0.0.1:1"], KEY, (69, "no server answers at http://127.0.0.1:1 (all attempts")),
         (["sessions", "--url", "unix:/nowhere"], KEY, (69, "no server answers at unix:/nowhere (")),
         (["chat", "Hi"], "wrong", (77, "does not accept this API key: set LASTCALL_API_KEY, or name")),
+        (["sessions"], ADMIN_KEY, (77, "refuses: This API key may not do this: it needs the permission")),
+        (["tree"], KEY, (77, "refuses: This API key may not do this: it needs the permission 'administer'")),
         (["sessions"], "", (77, "requires an API key: set LASTCALL_API_KEY")),
         (["sessions", "--after", "nonsense"], KEY, (1, "refused: ")),
         (["chat", "Hi", "--session", "no/id"], KEY, (1, "refused: ")),
@@ -375,6 +376,59 @@ async def test_a_reply_goes_on_after_a_restart_of_the_server_and_nothing_is_lost
                     assert await piped.wait() == 0
                     texts = [again.get(f"/sessions/{it}/turns")["data"][0]["text"] for it in ("seen", "piped")]
                     assert texts == ["one-two-three-\nfour-five-six-seven"] * 2
+
+
+# The tree
+
+
+def begin_endless(server: Served, *sessions: str) -> list[str]:
+    """Begin a turn without an end in each of these new sessions, and return their ids."""
+    turns = []
+    for session in sessions:
+        server.post("/sessions", {"id": session, "model": "endless"})
+        turns.append(server.post(f"/sessions/{session}/turns", {"input": "Go", "background": True})["id"])
+    return turns
+
+
+async def test_a_live_tree_shows_sessions_and_turns_and_a_cancelled_turn_leaves_it(
+    server: Served, tmp_path: Path
+) -> None:
+    turns = begin_endless(server, "oak", "elm")
+    names = ("worker ", "session oak", "session elm", f"turn {turns[0]}  running", f"turn {turns[1]}", "q leaves")
+    command = ["tree", "--url", server.url]
+    async with open_terminal(*command, folder=tmp_path, columns=150, rows=60, LASTCALL_API_KEY=ADMIN_KEY) as terminal:
+        for name in names:
+            await terminal.shows(name)
+        server.post(f"/sessions/oak/turns/{turns[0]}/cancel", {})
+        await terminal.shows(lambda shown: "session oak" not in shown and turns[0] not in shown)
+        assert f"turn {turns[1]}" in await terminal.shows("session elm")
+        terminal.resize(60, 8)
+        await terminal.shows("lines 1 to 7 of ")
+        await terminal.type("\x1b[B\x1b[B")
+        await terminal.shows("lines 3 to 9 of ")
+        await terminal.type("q")
+        assert await terminal.ends() == 0
+    server.post(f"/sessions/elm/turns/{turns[1]}/cancel", {})
+    assert terminal.screen.modes >= {"7", "25"}  # lines are broken again, and the cursor is seen
+    assert "1049" not in terminal.screen.modes
+
+
+def test_a_tree_in_a_pipe_is_drawn_once(
+    server: Served, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
+    [turn] = begin_endless(server, "ash")
+    assert main(["tree", "--url", server.url]) == 0
+    drawn = capfd.readouterr().out.splitlines()
+    [at] = [number for number, line in enumerate(drawn) if line.endswith("─ session ash")]
+    assert drawn[at + 1].partition("─ ")[2].startswith(f"turn {turn}  running · endless · event ")
+    assert not any(line.endswith("─ cancel scope") for line in drawn)
+    assert main(["tree", "--url", server.url, "--all"]) == 0
+    assert "─ cancel scope" in capfd.readouterr().out
+    assert main(["tree", "--url", server.url, "--json"]) == 0
+    nodes = json.loads(capfd.readouterr().out)["nodes"]
+    assert [it["session"] for it in nodes if it.get("turn") == turn] == ["ash"]
+    server.post(f"/sessions/ash/turns/{turn}/cancel", {})
 
 
 # Without a server

@@ -202,5 +202,6 @@ def test_taken_port_is_one_line_and_the_exit_code_is_78() -> None:
 def test_wrong_command_is_refused_with_the_commands_that_exist() -> None:
     refused = run("sreve")
     assert refused.returncode == 2
-    assert "{serve,config,backup,check,export,import,copy,migrate,vacuum,certificates,chat,sessions}" in refused.stderr
+    of_the_store = "backup,check,export,import,copy,migrate,vacuum"
+    assert f"{{serve,config,{of_the_store},certificates,chat,sessions,tree}}" in refused.stderr
     assert "Traceback" not in refused.stderr

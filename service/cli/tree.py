@@ -1,0 +1,247 @@
+"""``lastcall tree``: draws what a server's process does now: sessions, turns, model calls, streams, connections, loops.
+
+On a terminal the drawing is live: arrow keys and page keys move in it, ``q`` or Ctrl+C leaves. In a pipe it is drawn
+once.
+"""
+
+import argparse
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+from lastcall_client import Client, LastcallError
+
+from service.cli import exit_codes
+from service.cli.connection import ONE_ATTEMPT, explained, open_client
+from service.cli.reply_views import json_line
+from service.cli.terminal.cells import cut
+from service.cli.terminal.keys import Key, KeyDecoder
+from service.cli.terminal.output import Output, Style, harmless_line
+from service.cli.terminal.raw_mode import raw_mode
+from service.client_settings import Target
+
+Node = Mapping[str, Any]
+NODES_MAX = 2000
+"""Bound of the nodes that are asked for: each look costs the server time."""
+LOOK_S = 0.4
+"""The pause between two looks."""
+_STYLES: Mapping[str, tuple[Style, ...]] = {
+    "process": ("bold",),
+    "session": ("bold", "cyan"),
+    "turn": ("bold", "green"),
+    "stream": ("green",),
+    "model_connection": ("yellow",),
+    "scope": ("dim",),
+    "nursery": ("dim",),
+}
+_SERVING = "serving"
+
+
+async def run(arguments: argparse.Namespace, target: Target, output: Output) -> int:
+    """Run the command, and return the exit code."""
+    async with open_client(target, ONE_ATTEMPT) as client:
+        params = {"nodes": str(NODES_MAX)} | ({"worker": str(arguments.worker)} if arguments.worker else {})
+        tree = await client.request("GET", "/admin/tree", params=params)
+        if arguments.json:
+            await output.write(json_line(tree))
+            return exit_codes.OK
+        if arguments.once or not output.is_terminal:
+            await output.write("".join(f"{line}\n" for line in drawn(tree, output, with_inner=arguments.all)))
+            return exit_codes.OK
+        return await _LiveTree(arguments, target, output, client, params).run(tree)
+
+
+# The drawing
+
+
+def drawn(tree: Mapping[str, Any], output: Output, *, with_inner: bool = False) -> list[str]:
+    """The lines of a tree, the first two of which are about the whole process."""
+    lines = [_head(tree, output)]
+    shutdown = tree["shutdown"]
+    if shutdown["phase"] != _SERVING:
+        passed = " → ".join(shutdown["entered"]) or shutdown["phase"]
+        lines.append(output.styled(f"stopping ({harmless_line(shutdown['reason'])}): {passed}", "bold", "yellow"))
+    children = _children(tree["nodes"], with_inner=with_inner)
+    for root in children.get(None, ()):
+        lines += _below(root, children, tree["clock"], output)
+    return lines
+
+
+def _head(tree: Mapping[str, Any], output: Output) -> str:
+    counts, worker = tree["counts"], tree["worker"]
+    parts = [f"worker {worker['pid']}", worker["status"], f"{counts['tasks']} tasks"]
+    parts += [f"{counts['left_out']} nodes left out"] if counts.get("left_out") else []
+    others = [str(it["pid"]) for it in tree["workers"] if it["pid"] != worker["pid"]]
+    parts += [f"other workers: {', '.join(others)} (--worker PID)"] if others else []
+    return output.styled(" · ".join([*parts, str(tree["taken_at"])[11:19] + " UTC"]), "dim")
+
+
+def _children(nodes: Sequence[Node], *, with_inner: bool) -> Mapping[str | None, list[Node]]:
+    """The drawn nodes by the drawn node above them. Nodes come after their parents."""
+    shown_above: dict[str | None, str | None] = {None: None}
+    children: dict[str | None, list[Node]] = {}
+    for node in nodes:
+        above = shown_above.get(node["parent"])
+        if not with_inner and _is_inner(node):
+            shown_above[node["id"]] = above
+            continue
+        shown_above[node["id"]] = node["id"]
+        children.setdefault(above, []).append(node)
+    return children
+
+
+def _is_inner(node: Node) -> bool:
+    """Whether a node is left out unless all are asked for: what it holds is drawn below the node around it."""
+    match node["kind"]:
+        case "scope":
+            return True
+        case "nursery":
+            return bool(node["name"] == "nursery")  # others say what they hold
+        case "model_connection":
+            return node.get("state") == "idle"
+        case _:
+            return False
+
+
+def _below(root: Node, children: Mapping[str | None, list[Node]], clock: float, output: Output) -> Iterator[str]:
+    """The lines of a node and of all below it: without recursion, because a tree may be deep."""
+    waiting = [(root, "", "")]
+    while waiting:
+        node, branch, indent = waiting.pop()
+        yield output.styled(branch, "dim") + _line(node, clock, output)
+        below = children.get(node["id"], [])
+        for place, child in reversed(list(enumerate(below))):
+            is_last = place == len(below) - 1
+            waiting.append((child, indent + ("└─ " if is_last else "├─ "), indent + ("   " if is_last else "│  ")))
+
+
+def _line(node: Node, clock: float, output: Output) -> str:
+    name = harmless_line(str(node["name"]))
+    styles: tuple[Style, ...] = ("red",) if node.get("cancelled") else _STYLES.get(node["kind"], ())
+    details = " · ".join(_details(node, clock))
+    return output.styled(name, *styles) + (output.styled(f"  {details}", "dim") if details else "")
+
+
+def _details(node: Node, clock: float) -> Iterator[str]:
+    if node.get("cancelled"):
+        yield "cancelled"
+    if node.get("state") and node["kind"] != "process":
+        yield harmless_line(str(node["state"]))
+    for field in ("owner", "model", "upstream", "face"):
+        if node.get(field):
+            yield harmless_line(str(node[field]))
+    if node.get("seq"):
+        yield f"event {node['seq']}"
+    if node.get("text_length"):
+        yield f"{node['text_length']} characters"
+    if node.get("since") is not None:
+        yield f"for {_seconds(clock - node['since'])}"
+    if node.get("deadline") is not None:
+        yield f"{harmless_line(str(node.get('deadline_name') or 'deadline'))} in {_seconds(node['deadline'] - clock)}"
+    if node.get("shielded"):
+        yield "shielded"
+    if node.get("left_out"):
+        yield f"{node['left_out']} more below"
+
+
+def _seconds(duration_s: float) -> str:
+    return f"{duration_s:.0f} s" if duration_s < 600 else f"{duration_s / 60:.0f} min"
+
+
+# Live
+
+
+class _LiveTree:
+    """The drawing on a screen of its own, which is drawn anew with each look. ``_top`` is its first visible line."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        target: Target,
+        output: Output,
+        client: Client,
+        params: Mapping[str, str],
+    ) -> None:
+        self.exit_code = exit_codes.OK
+        self._with_inner = arguments.all
+        self._target, self._output, self._client, self._params = target, output, client, params
+        self._lines: list[str] = []
+        self._trouble = ""
+        self._top = 0
+
+    async def run(self, tree: Mapping[str, Any]) -> int:
+        """Draw until the user leaves. Returns the exit code."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+        with raw_mode(0), trio.open_signal_receiver(*numbers) as signals, self._own_screen():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._take_signals, signals, nursery.cancel_scope)
+                nursery.start_soon(self._take_keys, nursery.cancel_scope)
+                while True:
+                    self._lines = drawn(tree, self._output, with_inner=self._with_inner)
+                    await self._draw()
+                    await trio.sleep(LOOK_S)
+                    tree = await self._look(tree)
+        return self.exit_code
+
+    async def _look(self, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            seen: Mapping[str, Any] = await self._client.request("GET", "/admin/tree", params=self._params)
+        except LastcallError as error:
+            _, self._trouble = explained(error, self._target)
+            return tree
+        self._trouble = ""
+        return seen
+
+    async def _draw(self) -> None:
+        columns, rows = self._output.size()
+        room = max(1, rows - 1)
+        self._top = min(max(0, self._top), max(0, len(self._lines) - room))
+        shown = self._lines[self._top : self._top + room]
+        if self._trouble:
+            foot = self._output.styled(cut(f"old, because {harmless_line(self._trouble)}", columns - 1), "bold", "red")
+        else:
+            last = self._top + len(shown)
+            place = f"lines {self._top + 1} to {last} of {len(self._lines)} · " if len(self._lines) > room else ""
+            foot = self._output.styled(cut(f"{place}q leaves", columns - 1), "dim")
+        lines = [*shown, *[""] * (room - len(shown)), foot]
+        await self._output.write("\x1b[H" + "\r\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
+
+    @contextmanager
+    def _own_screen(self) -> Iterator[None]:
+        """Draw on the terminal's other screen, without its cursor and without breaking lines."""
+        self._output.write_now("\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[2J")
+        try:
+            yield
+        finally:
+            self._output.write_now("\x1b[?7h\x1b[?25h\x1b[?1049l")
+
+    async def _take_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        async for number in signals:
+            if number == signal.SIGWINCH:
+                await self._draw()
+                continue
+            self.exit_code = 128 + number
+            scope.cancel()
+
+    async def _take_keys(self, scope: trio.CancelScope) -> None:
+        decoder = KeyDecoder(self._output.encoding)
+        while True:
+            await trio.lowlevel.wait_readable(0)
+            data = os.read(0, 4096)
+            for key in decoder.feed(data):
+                if key in ("q", "Q", Key.END_OF_INPUT):
+                    scope.cancel()
+                    return
+                self._move(key)
+            if not data:  # the terminal has gone
+                scope.cancel()
+                return
+            await self._draw()
+
+    def _move(self, key: Key | str) -> None:
+        page = max(1, self._output.size()[1] - 2)
+        steps = {Key.UP: -1, "k": -1, Key.DOWN: 1, "j": 1, " ": page, "b": -page, Key.HOME: -self._top}
+        self._top += steps.get(key, len(self._lines) if key is Key.END else 0)
