@@ -80,8 +80,9 @@ export const ask = (url, options = {}) => repeat(url, (response) => response.jso
  */
 export function textAfter(text, event) {
   if (event.type === "turn.delta") return text + event.text;
-  if (event.type === "turn.resumed") return [...text].slice(0, event.text_length).join("");
-  return ENDS.includes(event.type) ? (event.text ?? text) : text; // what was kept, where a crash has taken events
+  if (ENDS.includes(event.type) && event.text !== undefined) return event.text; // what was kept, where events are gone
+  const counts = event.type === "turn.resumed" || event.reason === "crash"; // a crash may take what was shown
+  return counts ? [...text].slice(0, event.text_length).join("") : text;
 }
 
 /**

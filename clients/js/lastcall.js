@@ -477,6 +477,7 @@ export class TurnStream {
     else if (ENDS.has(event.type)) {
       this.end = event;
       if (event.replaces !== undefined) this.text = event.text;
+      else if (event.reason === "crash") this.text = firstOf(this.text, event.text_length); // it may have taken a part
     }
     return event;
   }

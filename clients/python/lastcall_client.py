@@ -907,6 +907,8 @@ class TurnStream:
             self.end = event
             if event.seq is None:
                 self._pieces = [event.text]
+            elif event.data.get("reason") == "crash":  # which may have taken a part of what was shown
+                self._pieces = [self.text[: event.data.get("text_length")]]
         return event
 
     # Attempts

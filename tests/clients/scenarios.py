@@ -371,6 +371,16 @@ SCENARIOS: dict[str, Scenario] = {
         [POST, COME_BACK, COME_BACK],
         headers={1: {"last-event-id": "2"}, 2: {"last-event-id": "9"}},
     ),
+    "the end after a crash says how much of the text is kept": Scenario(
+        [
+            answers(
+                RETRY + STARTED + delta(2, EMOJI) + frame(1 << 30, "turn.interrupted", reason="crash", text_length=2)
+            )
+        ],
+        [SEND],
+        [{"text": EMOJI[:2], "end": "turn.interrupted", "waits": []}],
+        [POST],
+    ),
     "a turn that moves again and again without an event is not asked for without a pause": Scenario(
         [answers(RETRY + STARTED + b": moved\n"), answers(b": moved\n"), answers(b": moved\n"), replays(WHOLE)],
         [SEND],

@@ -352,6 +352,8 @@ def _check_processes(told: _Facts) -> Iterator[Broken]:
         if any(it.kind not in ("kill", "stop") for it in faults):
             # Its store was away while it started or stopped, or it was taken for dead.
             allowed |= {71, 75, 78}
+        if exited.cause == "stopped" and not exited.has_begun:
+            allowed |= {-15}  # in the first moments of Python a signal has no handler yet
         if exited.code not in allowed:
             yield Broken(
                 "a process ends with the code of its cause", f"{exited.process}: {exited.code} ({exited.cause})"

@@ -181,8 +181,9 @@ class Replica:
                 process.signal_group(signal.SIGKILL)
                 with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
                     await process.wait_gone()
-        self._history.add(Exited(process=self.name, code=gone.exit_code, cause=self._cause))
-        for line in forbidden_lines(process.log()):
+        log = process.log()
+        self._history.add(Exited(process=self.name, code=gone.exit_code, cause=self._cause, has_begun=bool(log)))
+        for line in forbidden_lines(log):
             self._history.add(Logged(process=log_path.name, line=line))
 
     async def _note_serving(self, process: ServerProcess) -> None:

@@ -187,11 +187,12 @@ class Fault(Fact, frozen=True, kw_only=True, tag="fault"):
 
 
 class Exited(Fact, frozen=True, kw_only=True, tag="exited"):
-    """A process of the service has ended."""
+    """A process of the service has ended. ``has_begun``: it had logged something."""
 
     process: str
     code: int
     cause: Literal["killed", "stopped", "itself"]
+    has_begun: bool = True
 
 
 class Logged(Fact, frozen=True, kw_only=True, tag="logged"):
@@ -269,6 +270,6 @@ def text_of(events: Iterable[Event]) -> str:
     for event in events:
         if event.type == PIECE:
             text.append(event.text)
-        elif event.type == RESUMED:
+        elif event.type == RESUMED or event.reason == "crash":
             text = ["".join(text)[: event.text_length]]
     return "".join(text)

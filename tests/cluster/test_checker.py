@@ -95,6 +95,7 @@ def sound() -> list[AnyFact]:
         *saw(4, "t3", *events("c", 3)),
         Lost(at=3, view=4, turn="t3"),
         *saw(5, "t3", *CRASHED.events),
+        *saw(7, "t3", *events("c", 3), CRASHED.events[-1]),  # the end says how much of the text is kept
         Accepted(at=1, session="s", turn="t4", input="d", key="k4"),
         *saw(6, "t4", *events("d", 2), *RESUMED.events[2:]),
         Deleting(at=1, session="gone"),
@@ -107,6 +108,7 @@ def sound() -> list[AnyFact]:
         Fault(at=1, kind="kill", target="p1", until=1),
         Exited(at=1, process="p1", code=-9, cause="killed"),
         Exited(at=1, process="p2", code=0, cause="stopped"),
+        Exited(at=1, process="p2", code=-15, cause="stopped", has_begun=False),
         Fault(at=1, kind="freeze", target="p3", until=10),
         Exited(at=11, process="p3", code=71, cause="itself"),
         Asked(input="a", opened_at=1, closed_at=2, tokens=3),
@@ -232,9 +234,9 @@ BROKEN: dict[str, tuple[str, Change]] = {
         "a text that was told is the beginning of the kept one",
         told(*saw(9, "t3", Event(seq=1, type="turn.started"), Event(seq=2, type="turn.delta", text="x"))),
     ),
-    "a crash's loss was not told": (
+    "a crash took more of the text than its end says": (
         "a client that saw the end has the whole text",
-        told(*saw(9, "t3", *events("c", 3), CRASHED.events[-1])),
+        told(*saw(9, "t3", CRASHED.events[0], CRASHED.events[-1])),
     ),
     "a resumption went on at a wrong place": (
         "a client that saw the end has the whole text",
@@ -273,6 +275,10 @@ BROKEN: dict[str, tuple[str, Change]] = {
     "a stop was not clean": (
         "a process ends with the code of its cause",
         told(Exited(at=500, process="p2", code=70, cause="stopped")),
+    ),
+    "a stop was not heard": (
+        "a process ends with the code of its cause",
+        told(Exited(at=500, process="p2", code=-15, cause="stopped")),
     ),
     "a call is open for ever": (
         "no call of the model outlives its turn",
