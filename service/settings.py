@@ -909,6 +909,11 @@ def read_sources(environ: Mapping[str, str] | None = None, /, **overrides: str) 
     return sources
 
 
+def standard_variables(prefix: str) -> Mapping[str, str]:
+    """The variables of the environment that another standard has named, such as OpenTelemetry's ``OTEL_``."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
+
+
 def ignored_variables(environ: Mapping[str, str] | None = None, /) -> list[str]:
     """Variables with our prefix that are no settings: Kubernetes or Docker made them from the name of a service."""
     made = made_by_links(os.environ if environ is None else environ, ENV_PREFIX)

@@ -215,13 +215,16 @@ class Shutdown(StopState):
         try:
             yield part
         finally:
-            now = trio.current_time()
-            released_by = self.entered_at.get(Phase.RELEASING, now) + self._settings.release_timeout_s
-            deadline = max(released_by, now + LATE_CLOSE_S)
+            deadline = self.closing_deadline()
             with self.noting_faults(f"closing {what}"), trio.CancelScope(deadline=deadline, shield=True) as bound:
                 await opened.__aexit__(None, None, None)
             if bound.cancel_called:
                 self.note_fault(f"closing {what} took longer than release_timeout_s")
+
+    def closing_deadline(self) -> float:
+        """The moment until which a part that closes now may take."""
+        now = trio.current_time()
+        return max(self.entered_at.get(Phase.RELEASING, now) + self._settings.release_timeout_s, now + LATE_CLOSE_S)
 
     def note_client_closed(self) -> None:
         self._clients_closed += 1

@@ -3,6 +3,7 @@
 ::
 
     open_service()
+    ├─ tracing               only where traces are on; owns the thread that sends them
     ├─ store                 opened first, closed last; an acknowledged write is never lost
     ├─ model clients         one per upstream; closed after the last turn
     ├─ sessions              one task per session with work
@@ -29,9 +30,10 @@ goes on. Any other failure of a child ends the service: the tree unwinds, and th
 """
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
@@ -62,7 +64,11 @@ from service.storage.store_deadline import answered_within
 from service.telemetry.live_tree import LiveTree
 from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.refusal_log import RefusalLog
+from service.telemetry.trace_variables import OpenTracing
 from service.telemetry.tree_nodes import Node, Notes
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Tracing
 
 logger = structlog.get_logger("lastcall.supervisor")
 
@@ -81,6 +87,7 @@ class Service:
     keys: ApiKeys
     tree: LiveTree
     gauges: Gauges
+    tracing: "Tracing | None"
 
 
 @asynccontextmanager
@@ -93,6 +100,7 @@ async def open_service(
     peers: PeerTransport | None = None,
     read_sources: Callable[[], Sources] | None = None,
     metrics: Metrics | None = None,
+    open_tracing: OpenTracing | None = None,
 ) -> AsyncIterator[Service]:
     """Open the whole service. Leaving the context stops and closes each part within a bound of its own.
 
@@ -103,6 +111,7 @@ async def open_service(
         peers: How it reaches them; only through Unix sockets unless given.
         read_sources: Reads the settings again, for API keys that change; None if they never do.
         metrics: Counts what happens, also after the service is closed; of this service alone unless given.
+        open_tracing: Opens traces; there are none unless given.
 
     Raises:
         StartupError: A part cannot be opened; one sentence names the part and the reason.
@@ -114,6 +123,7 @@ async def open_service(
     keys = ApiKeys(settings, read_sources=read_sources)
     tree = LiveTree()
     async with (
+        _open_tracing(open_tracing, shutdown) as tracing,
         shutdown.closing(_open_store(settings, peer_address, metrics), "the store") as store,
         _open_upstreams(settings, shutdown, clock, tree, metrics) as upstreams,
         open_sessions(
@@ -124,6 +134,7 @@ async def open_service(
             stop=shutdown,
             transport=peers,
             metrics=metrics,
+            tracing=tracing,
         ) as sessions,
         trio.open_nursery() as nursery,
     ):
@@ -161,13 +172,20 @@ async def open_service(
         await nursery.start(keys.run, name="key loop")
         await nursery.start(tree.run, name="tree keeper")
         models = ModelCatalog(upstreams, default_model=settings.default_model)
-        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys, tree, gauges)
+        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys, tree, gauges, tracing)
         nursery.cancel_scope.cancel()
 
 
 def _describe_nursery(nursery: trio.Nursery, notes: Notes) -> Steps[None]:
     notes.name(nursery, Node(parent=None, kind="nursery", name="loops of the service"))
     yield
+
+
+def _open_tracing(
+    open_tracing: OpenTracing | None, shutdown: Shutdown
+) -> AbstractAsyncContextManager["Tracing | None"]:
+    """Open traces first, and close them last: then all spans have ended. What a collector does not take is no fault."""
+    return nullcontext() if open_tracing is None else open_tracing(flush_deadline=shutdown.closing_deadline)
 
 
 def check_script(url: str, *, setting: str) -> None:

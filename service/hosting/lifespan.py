@@ -40,7 +40,7 @@ from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice, has_terminal
-from service.settings import Settings, check_stand_in, ignored_variables
+from service.settings import Settings, check_stand_in, ignored_variables, standard_variables
 from service.shutdown import PHASE_MARGIN_S, Host, Shutdown
 from service.steps import Steps
 from service.stop_state import Phase
@@ -49,6 +49,8 @@ from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
 from service.telemetry.metrics.memory import Memory
 from service.telemetry.metrics.metrics import Metrics
+from service.telemetry.trace_variables import PREFIX as OTEL_PREFIX
+from service.telemetry.trace_variables import OpenTracing, find_tracing
 from service.telemetry.tree_nodes import Node, Notes
 
 logger = structlog.get_logger("lastcall")
@@ -111,7 +113,7 @@ async def serve_embedded(app: Quart, settings: Settings, receive: Any, send: Any
     """Hold the service where other code owns the process, as in a test: no signals, no exit codes, no patches."""
     shutdown = Shutdown(settings)
     open_requests(app, shutdown)
-    async with open_service(settings, shutdown=shutdown) as service:
+    async with open_service(settings, shutdown=shutdown, open_tracing=_find_tracing()) as service:
         attach(app, service)
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -219,6 +221,7 @@ class Hosting(Host):
                     peers=PeerTransport(peers.certificates) if peers else None,
                     read_sources=self._app.extensions.get(READ_SOURCES),
                     metrics=self._metrics,
+                    open_tracing=_find_tracing(),
                 ) as service,
                 open_metrics_listener(
                     self._worker, self._connections, serving=self._listeners.open, settings=self._settings
@@ -392,6 +395,14 @@ class Hosting(Host):
         if not self._closed.is_set():
             leave(code)
         leave_at_exit(code)
+
+
+def _find_tracing() -> OpenTracing | None:
+    """What opens traces, if the environment asks for them and they can be had. If they cannot, the log says why."""
+    open_tracing, warning = find_tracing(standard_variables(OTEL_PREFIX))
+    if warning is not None:
+        logger.warning("there are no traces", reason=warning)
+    return open_tracing
 
 
 def _expect_ends_only() -> None:

@@ -166,6 +166,9 @@ class CallNotes:
         self.fields = fields
         self.repeats = 0
 
+    def note_server(self, host: str, port: int, *, provider: str | None) -> None:
+        """Note where the model's server is, and what OpenTelemetry's conventions call its provider, if they know it."""
+
     def note_repeat(self, failure: str) -> None:  # noqa: ARG002  for traces, which show the failures
         """Note that the upstream is asked again, because it failed with this code."""
         self.repeats += 1

@@ -22,7 +22,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -71,6 +71,18 @@ _REUSE_TIMEOUT_S = 0.05
 """How long leaving a whole reply waits for the end of the response. Without this end the connection is closed."""
 _CLOSE_TIMEOUT_S = 1.0
 _NO_HEADERS = httpx.Headers()
+_PROVIDERS = {
+    "api.openai.com": "openai",
+    "api.anthropic.com": "anthropic",
+    "api.cohere.com": "cohere",
+    "api.deepseek.com": "deepseek",
+    "api.groq.com": "groq",
+    "api.mistral.ai": "mistral_ai",
+    "api.perplexity.ai": "perplexity",
+    "api.x.ai": "x_ai",
+    "generativelanguage.googleapis.com": "gcp.gemini",
+}
+"""What OpenTelemetry's conventions call the providers, by host. Any other one is called as its upstream is."""
 
 logger = structlog.get_logger("lastcall.models")
 
@@ -203,8 +215,15 @@ class OpenAICompatibleClient:
     async def stream(self, request: ModelRequest) -> AsyncIterator["OpenAICompatibleStream | ContinuedStream"]:
         """See :class:`~service.models.client.ModelClient`."""
         dialect = known = self._dialects.of(request.model)
+        headers = self._headers
+        if request.notes is not None and request.notes.fields:
+            host, port = self._url.host, self._url.port or (443 if self._url.scheme == "https" else 80)
+            request.notes.note_server(host, port, provider=_PROVIDERS.get(host))
+            headers = {**headers, **request.notes.fields}
         while True:
-            response = await self._respond(await in_steps(request_encoded(request, dialect, self._continuation)))
+            body = await in_steps(request_encoded(request, dialect, self._continuation))
+            response = await self._respond(body, headers)
+            del body
             try:
                 if response.is_readable:
                     if dialect != known:
@@ -249,10 +268,10 @@ class OpenAICompatibleClient:
         except ValueError as error:
             raise ModelError("upstream_protocol", "The model server's list of models cannot be read.") from error
 
-    async def _respond(self, body: bytes) -> "_Response":
+    async def _respond(self, body: bytes, headers: Mapping[str, str]) -> "_Response":
         """Send the request and wait for the response's head. The caller closes the response."""
         add_to_log_context(upstream_request_id=None)
-        response = await self._send(httpx.Request("POST", self._url, headers=self._headers, content=body))
+        response = await self._send(httpx.Request("POST", self._url, headers=headers, content=body))
         add_to_log_context(upstream_request_id=response.request_id)
         return response
 

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import structlog
@@ -87,6 +87,9 @@ from service.telemetry.log_context import add_to_log_context
 from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.tree_nodes import Node, Notes
 
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Tracing
+
 logger = structlog.get_logger("lastcall.sessions")
 
 T = TypeVar("T")
@@ -130,6 +133,7 @@ class Sessions:
         stop: StopState,
         transport: PeerTransport,
         metrics: Metrics,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self._nursery = nursery
         self._store = store
@@ -184,6 +188,7 @@ class Sessions:
             clock=clock,
             settings=settings,
             metrics=metrics,
+            tracing=tracing,
         )
 
     # Sessions
@@ -1058,6 +1063,7 @@ async def open_sessions(
     stop: StopState,
     transport: PeerTransport | None = None,
     metrics: Metrics | None = None,
+    tracing: "Tracing | None" = None,
 ) -> AsyncIterator[Sessions]:
     """Open the sessions supervisor. On exit all session tasks are cancelled: their turns end as ``interrupted``.
 
@@ -1067,6 +1073,7 @@ async def open_sessions(
         stop: The phase of the stop, which says when new work is refused.
         transport: How other processes are reached; only through Unix sockets unless given.
         metrics: Counts what happens.
+        tracing: Makes the spans of turns; there are none unless given.
     """
     async with trio.open_nursery() as nursery:
         yield Sessions(
@@ -1078,5 +1085,6 @@ async def open_sessions(
             stop=stop,
             transport=transport or PeerTransport(),
             metrics=metrics or Metrics(),
+            tracing=tracing,
         )
         nursery.cancel_scope.cancel()

@@ -254,9 +254,9 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``attempt`` counts the processes that have run the turn. Only with an ``on_interrupt`` other than ``fail`` there may
     be several, and only then the store keeps ``on_disconnect``, ``may_title`` (whether its end may give the session a
-    title) and ``may_leave_out`` (whether its prompt may lack the oldest turns). These five are not in the records of a
-    path. While such a turn is *suspended*, open without an owner, the record has the output and the ``last_seq`` of
-    what was kept.
+    title), ``may_leave_out`` (whether its prompt may lack the oldest turns) and ``trace`` (the span of the turn in the
+    first process, as ``traceparent`` names it; empty without one). These six are not in the records of a path. While
+    such a turn is *suspended*, open without an owner, the record has the output and the ``last_seq`` of what was kept.
     """
 
     id: str
@@ -289,6 +289,7 @@ class TurnRecord(msgspec.Struct, frozen=True, kw_only=True):
     on_disconnect: OnDisconnect = "cancel"
     may_title: bool = True
     may_leave_out: bool = True
+    trace: str = ""
     stored: bool = True
 
     @property

@@ -21,6 +21,7 @@ class _TurnOptions(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int | msgspec.UnsetType = msgspec.UNSET
     may_title: bool | msgspec.UnsetType = msgspec.UNSET
     may_leave_out: bool | msgspec.UnsetType = msgspec.UNSET
+    trace: str | msgspec.UnsetType = msgspec.UNSET
 
 
 _decoder: msgspec.json.Decoder[_TurnOptions] = msgspec.json.Decoder(_TurnOptions)
@@ -46,6 +47,7 @@ def _on_interrupt(turn: TurnRecord) -> dict[str, Any]:
         "attempt": turn.attempt,
         "may_title": msgspec.UNSET if turn.may_title else False,
         "may_leave_out": msgspec.UNSET if turn.may_leave_out else False,
+        "trace": turn.trace or msgspec.UNSET,
     }
 
 
@@ -82,4 +84,5 @@ def options_of(json: bytes | str | None) -> dict[str, Any]:
         "attempt": options.attempt or 1,
         "may_title": options.may_title is not False,
         "may_leave_out": options.may_leave_out is not False,
+        "trace": options.trace or "",
     }

@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import trio
 from hypercorn.config import Config
@@ -52,14 +53,18 @@ async def read_to_end(stream: trio.SocketStream) -> bytes:
 
 
 @asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[Serving]:
-    """Serve with hypercorn, without the shutdown of our hosting; leaving stops at once."""
+async def serving(settings: Settings, **parts: Any) -> AsyncIterator[Serving]:
+    """Serve with hypercorn, without the shutdown of our hosting; leaving stops at once.
+
+    Args:
+        parts: Of :func:`~service.supervisor.open_service`.
+    """
     app = create_app()
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = None
     config.graceful_timeout = 0
-    async with open_service(settings) as service, trio.open_nursery() as nursery:
+    async with open_service(settings, **parts) as service, trio.open_nursery() as nursery:
         attach(app, service)
         app.asgi_lifespan_class = _NoLifespan  # type: ignore[assignment]
         app.asgi_http_class = AsgiRequest

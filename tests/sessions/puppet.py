@@ -38,6 +38,7 @@ from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 from service.storage.records import BegunTurn, TurnRecord
+from service.telemetry.tracing import Tracing
 
 
 class LeavesPathsOut(MemoryStore):
@@ -195,7 +196,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(store: MemoryStore | None = None, /, **settings: object) -> AsyncIterator[Stage]:
+async def open_stage(
+    store: MemoryStore | None = None, /, *, tracing: Tracing | None = None, **settings: object
+) -> AsyncIterator[Stage]:
     """Sessions with these settings over the defaults; on exit the stage checks that none of their parts is left."""
     store = store or MemoryStore()
     puppet = Puppet()
@@ -207,6 +210,7 @@ async def open_stage(store: MemoryStore | None = None, /, **settings: object) ->
         clock=clock,
         settings=Settings.model_validate(settings),
         stop=stop,
+        tracing=tracing,
     ) as sessions:
         yield Stage(sessions, store, puppet, clock, stop)
     assert puppet.open_replies == 0, "a model call outlived its turn"

@@ -34,7 +34,7 @@ def attach(app: Quart, service: Service) -> None:
     app.extensions[_TRUSTED_PROXIES] = TrustedProxies.by(service.settings)
     app.extensions[_REFUSALS] = service.refusals
     app.extensions[_HELD_BYTES] = HeldBytes(bytes_max=service.settings.held_bytes_max)
-    app.extensions[_RECORDS] = RequestRecords(access_log=service.settings.access_log == "on")
+    app.extensions[_RECORDS] = RequestRecords(access_log=service.settings.access_log == "on", tracing=service.tracing)
     app.extensions[_SERVICE] = service
 
 

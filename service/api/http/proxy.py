@@ -43,6 +43,7 @@ from service.api.http.repeats import repeat_is_allowed
 from service.api.http.request_body import drop_body, kept_body
 from service.api.http.request_id import HEADER_BYTES as REQUEST_ID
 from service.api.http.request_id import current_request_id
+from service.api.http.request_record import TRACE_FIELDS, record_of
 from service.api.http.request_resources import release_after_request
 from service.cluster.peer_address import PeerAddress
 from service.cluster.peer_client import PEER_GONE, PeerConnection, PeerRequest
@@ -674,10 +675,14 @@ def _peer_request(passed_on: Sequence[tuple[bytes, bytes]]) -> PeerRequest:
     Args:
         passed_on: Headers that say how it was passed on.
     """
+    record = record_of(request.scope)
+    trace = {} if record is None else record.trace_fields  # without traces here the caller's own fields travel on
+    traced = [(name.encode(), value.encode("latin-1")) for name, value in trace.items()]
+    left_out = {*_SET_ANEW, *((name.encode() for name in TRACE_FIELDS) if traced else ())}
     headers = [
         (name, value)
         for name, value in request.scope["headers"]
-        if name.lower() not in _HOP_BY_HOP and name.lower() not in _SET_ANEW
+        if name.lower() not in _HOP_BY_HOP and name.lower() not in left_out
     ]
     if not any(name.lower() == b"host" for name, _ in headers):
         headers.append((b"host", b"localhost"))  # on HTTP/2 the host is in :authority
@@ -687,6 +692,7 @@ def _peer_request(passed_on: Sequence[tuple[bytes, bytes]]) -> PeerRequest:
         headers=[
             *headers,
             *passed_on,
+            *traced,
             *caller_headers(),
             (REQUEST_ID, current_request_id().encode()),
         ],

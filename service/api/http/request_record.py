@@ -1,21 +1,24 @@
-"""The record of a request: what its line in the access log says of it.
+"""The record of a request: what its line in the access log and its span of a trace say of it.
 
-A request has a record only where the access log is on. The record is filled in by the code that answers the request,
+A request has a record only where one of the two is on. The record is filled in by the code that answers the request,
 and used once, when the request is over: for a stream at its end. It has no part of what caller or model said; of the
 request's target it has the route, and not the path, in which a caller may write anything.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 import trio
 
+from service.api.http.request_id import request_id_of
 from service.api_keys import Caller
+from service.telemetry.log_context import add_to_log_context
 
 if TYPE_CHECKING:
     from service.api.http.event_stream import PieceWriter
+    from service.telemetry.tracing import TraceSpan, Tracing
 
 logger = structlog.get_logger("lastcall.access")
 
@@ -38,9 +41,10 @@ class RequestRecord:
         is_whole: Whether the answer was sent whole.
         has_left: Whether the client left before.
         stream_end: How an event stream ended before its terminal event; None if it did not.
+        trace_fields: The fields that name its span to another process; empty without traces.
     """
 
-    __slots__ = ("began_at", "bytes", "caller", "has_left", "is_whole", "route", "status", "stream_end")
+    __slots__ = ("began_at", "bytes", "caller", "has_left", "is_whole", "route", "status", "stream_end", "trace_fields")
 
     def __init__(self) -> None:
         self.began_at = trio.current_time()
@@ -50,6 +54,7 @@ class RequestRecord:
         self.bytes = 0
         self.is_whole = self.has_left = False
         self.stream_end: Literal["cut", "moved"] | None = None
+        self.trace_fields: Mapping[str, str] = {}
 
     @property
     def end(self) -> End:
@@ -64,24 +69,35 @@ class RequestRecords:
 
     Args:
         access_log: Whether each request has a line in the log.
+        tracing: Makes the spans of requests; None without traces.
     """
 
-    def __init__(self, *, access_log: bool) -> None:
+    def __init__(self, *, access_log: bool, tracing: "Tracing | None" = None) -> None:
         self._access_log = access_log
+        self._tracing = tracing
 
-    def of(self, scope: MutableMapping[str, Any]) -> AbstractContextManager[None]:
+    def of(self, scope: dict[str, Any]) -> AbstractContextManager[None]:
         """Record the request of this ASGI scope until the context is left; nothing where no record is needed."""
-        if scope["type"] != "http" or not self._access_log:
+        if scope["type"] != "http" or not (self._access_log or self._tracing):
             return _NO_RECORD
         return self._recording(scope)
 
     @contextmanager
-    def _recording(self, scope: MutableMapping[str, Any]) -> Iterator[None]:
+    def _recording(self, scope: dict[str, Any]) -> Iterator[None]:
         record = scope[_RECORD] = RequestRecord()
+        span = None if self._tracing is None else _begin_span(self._tracing, scope)
         try:
-            yield
+            if span is None:
+                yield
+            else:
+                record.trace_fields = span.fields
+                add_to_log_context(trace_id=span.trace_id)
+                with span.current():
+                    yield
         finally:
             del scope[_RECORD]
+            if span is not None:
+                _end_span(span, record, scope)
             if self._access_log:
                 _log(record, scope)
 
@@ -92,7 +108,63 @@ def record_of(scope: Any) -> RequestRecord | None:
     return record
 
 
-def _log(record: RequestRecord, scope: MutableMapping[str, Any]) -> None:
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"))
+TRACE_FIELDS = ("traceparent", "tracestate")
+"""Source: https://www.w3.org/TR/trace-context/"""
+
+
+def _begin_span(tracing: "Tracing", scope: dict[str, Any]) -> "TraceSpan":
+    """Begin the span of a request, a child of the caller's if its fields name one.
+
+    Source: https://opentelemetry.io/docs/specs/semconv/http/http-spans/ (1.45)
+    """
+    parent: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        field = name.decode("latin-1").lower()
+        if field in TRACE_FIELDS:
+            parent[field] = f"{parent[field]},{value.decode('latin-1')}" if field in parent else value.decode("latin-1")
+    method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+    server = scope.get("server")
+    attributes: dict[str, str | int] = {
+        "http.request.method": method,
+        "url.scheme": scope.get("scheme", "http"),
+        "network.protocol.version": scope.get("http_version", "1.1"),
+        "lastcall.request.id": request_id_of(scope),
+    }
+    if server:
+        attributes |= {"server.address": str(server[0])} | ({"server.port": server[1]} if server[1] else {})
+    return tracing.begin(_span_name(method, None), "server", parent=parent, attributes=attributes)
+
+
+def _end_span(span: "TraceSpan", record: RequestRecord, scope: dict[str, Any]) -> None:
+    method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+    client = scope.get("client")
+    span.rename(_span_name(method, record.route))
+    span.note(
+        {
+            "http.route": record.route,
+            # A path without a route is whatever a caller has written.
+            "url.path": None if record.route is None else scope["path"],
+            "http.response.status_code": record.status,
+            "http.response.body.size": 0 if method == "HEAD" else record.bytes,
+            "client.address": str(client[0]) if client else None,
+            "lastcall.caller": None if record.caller is None else record.caller.name or None,
+            "lastcall.response.end": record.end,
+        }
+    )
+    if record.status is not None and record.status >= 500:
+        span.note_error(str(record.status))
+    elif record.end == "cut":
+        span.note_error("cut")
+    span.end()
+
+
+def _span_name(method: str, route: str | None) -> str:
+    method = "HTTP" if method == "_OTHER" else method
+    return method if route is None else f"{method} {route}"
+
+
+def _log(record: RequestRecord, scope: dict[str, Any]) -> None:
     """Write the line of the access log. The ids of the request and of its work are on it as on each of its lines."""
     client = scope.get("client")
     logger.info(

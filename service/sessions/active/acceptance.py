@@ -1,9 +1,9 @@
 """The acceptance of a turn: the checks, the commit of its input, and the start of the task that runs it."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import structlog
@@ -38,6 +38,7 @@ from service.sessions.turns.prompt import PathEnd
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_adoption, turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
+from service.sessions.turns.turn_trace import TurnTrace
 from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.pieces import Resumed, Run, resumed_run
@@ -46,6 +47,9 @@ from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
 from service.telemetry.metrics.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Tracing
 
 logger = structlog.get_logger("lastcall.acceptance")
 
@@ -88,8 +92,10 @@ class Acceptance:
         clock: Clock,
         settings: Settings,
         metrics: Metrics | None = None,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self._metrics = metrics or Metrics()
+        self._tracing = tracing
         self._nursery = nursery
         self._active = active
         self._pending_writes = pending_writes
@@ -275,9 +281,18 @@ class Acceptance:
             runs=runs,
             metrics=self._metrics,
         )
+        self._trace(turn, record)
         if refusal is not None:
             turn.cut_short(outcome.failed("model_not_found", str(refusal)))
         return turn
+
+    def _trace(self, turn: Turn, record: TurnRecord) -> None:
+        """Begin the turn's span where traces are on: a child of the current request's, or of the first process's."""
+        if self._tracing is not None:
+            upstream, began_at = turn.client.name, turn.accepted_at
+            turn.take_trace(
+                TurnTrace(self._tracing, record, upstream=upstream, request_id=turn.request_id, began_at=began_at)
+            )
 
     def _unrestored(self, record: TurnRecord, session: SessionRecord) -> Turn:
         """A turn that fails without what it has said, which its readers drop: its end replaces its events."""
@@ -364,6 +379,7 @@ class Acceptance:
             request_id=new.request_id,
             metrics=self._metrics,
         )
+        self._trace(turn, record)
         if new.answers_path:
             await self._check_answers_path(record)
         await _refuse_if_late(deadline)
@@ -457,7 +473,7 @@ class Acceptance:
         """The session's task: runs until the session has no turns. A failure ends the turns of this session only."""
 
         async def run_one(turn: Turn) -> None:
-            with turn_log_context(turn):
+            with turn_log_context(turn), nullcontext() if turn.trace is None else turn.trace.current():
                 await run_turn(
                     turn,
                     wait_to_start=lambda: session.wait_to_start(turn),

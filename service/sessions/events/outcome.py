@@ -77,6 +77,18 @@ def outcome_of(turn: TurnRecord) -> Outcome | None:
     return Cancelled(reason) if turn.state == "cancelled" and reason is not None else None
 
 
+def code_of(end: Outcome | Suspended | None) -> str | None:
+    """Why a turn has ended so: the finish reason, the failure's code, or the reason of another end."""
+    match end:
+        case Completed(finish_reason):
+            return finish_reason
+        case Failed(Failure(code)):
+            return code
+        case Cancelled(reason) | Interrupted(reason):
+            return reason
+    return None
+
+
 def terminal_event(
     end: Outcome, *, seq: int, text_length: int, usage: Usage | None, left_out: LeftOut | None, stored: bool
 ) -> TerminalEvent:

@@ -32,6 +32,7 @@ from service.sessions.events.kept_events import kind_of_pieces, opening_of
 from service.sessions.turns.reply import Output, Reply, size_of
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.sessions.turns.turn_metrics import TurnMeter
+from service.sessions.turns.turn_trace import TurnTrace
 from service.settings import Settings
 from service.storage.pieces import Run, last_seq, text_of
 from service.storage.records import (
@@ -65,6 +66,8 @@ class Turn:
 
     attempts = 0
     """How often the model's server was asked, repetitions included."""
+    trace: TurnTrace | None = None
+    """The turn's span; None without traces. The end of the turn ends it."""
     error_for_log: str | None = None
     """Why the turn failed, without words of the model's server; None if it has not, or in the words of its end."""
 
@@ -492,6 +495,8 @@ class Turn:
         )
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
+        if self.trace is not None:
+            self._end_trace(self.trace)
         self._note_if_over()
 
     def leave(self, untold: TurnRecord | None = None) -> None:
@@ -506,7 +511,25 @@ class Turn:
         self._meter.count_leave(self.end)
         self.log.leave()
         self.ended.set()
+        if self.trace is not None:
+            self._end_trace(self.trace)
         self._note_if_over()
+
+    def take_trace(self, trace: TurnTrace) -> None:
+        """Take the span of the turn, and keep its name for other processes, if the turn may go on there."""
+        self.trace = trace
+        if self.outlives and not self._record.trace:
+            self._record = msgspec.structs.replace(self._record, trace=trace.traceparent)
+
+    def _end_trace(self, trace: TurnTrace) -> None:
+        counts = {"attempts": self.attempts, "events": self.log.last_seq, "text_length": self.text_length}
+        trace.end(
+            None if self.is_suspended else self.end,
+            code=None if self.is_suspended else outcome.code_of(self.end),
+            counts=counts | ({"calls": self.calls} if self.calls else {}),
+            queued_until=self.started_at if self.was_queued else None,
+            first_token_at=self.first_token_at,
+        )
 
     def terminal_event(self, *, stored: bool) -> TerminalEvent:
         """The terminal event: the next event of an open log, or the last event of a closed log."""

@@ -9,7 +9,6 @@ import trio
 from service.models.client import Usage
 from service.sessions.events import outcome
 from service.sessions.turns.turn import Turn
-from service.storage.records import Failure
 from service.telemetry.log_context import log_context
 
 logger = structlog.get_logger("lastcall.turn")
@@ -62,6 +61,8 @@ def log_adoption(turn: Turn) -> None:
 
 def _ids(turn: Turn) -> dict[str, str | None]:
     ids = {"session_id": turn.session_id, "turn_id": turn.id, "request_id": turn.request_id}
+    if turn.trace is not None and turn.trace.trace_id is not None:
+        ids["trace_id"] = turn.trace.trace_id
     return {**ids, "upstream": turn.client.name}
 
 
@@ -73,20 +74,8 @@ def _tokens(usage: Usage | None) -> dict[str, int]:
     return {} if usage is None else {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
 
 
-def code_of(end: outcome.Outcome | outcome.Suspended | None) -> str | None:
-    """Why a turn has ended so: the finish reason, the failure's code, or the reason of another end."""
-    match end:
-        case outcome.Completed(finish_reason):
-            return finish_reason
-        case outcome.Failed(Failure(code)):
-            return code
-        case outcome.Cancelled(reason) | outcome.Interrupted(reason):
-            return reason
-    return None
-
-
 def _ending(turn: Turn) -> dict[str, Any]:
-    code = code_of(turn.end)
+    code = outcome.code_of(turn.end)
     if code is None:
         return {}
     if isinstance(turn.end, outcome.Failed):

@@ -14,11 +14,12 @@ import trio
 from service.clock import Clock
 from service.errors import ModelError, SessionNotFoundError, StoreError, TurnNotFoundError
 from service.freezes import extended_when_late
-from service.models.client import NO_TOOLS, CallNotes, ModelEvent, ModelRequest
+from service.models.client import NO_TOOLS, CallNotes, ModelEvent, ModelRequest, ModelStream
 from service.sessions.events import outcome
 from service.sessions.turns.prompt import NOTHING, Prompt, has_outputs, has_question, prompt_of, shortened
 from service.sessions.turns.turn import Turn
 from service.sessions.turns.turn_log import log_end
+from service.sessions.turns.turn_trace import CallTrace
 from service.settings import Settings
 from service.steps import in_steps
 from service.stop_state import Phase, StopState
@@ -313,7 +314,10 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
         turn.deadlines.expect_token("next_token_timeout", within_s=settings.next_token_timeout_s, now=now)
         return turn.end is None
 
-    notes = CallNotes()
+    call = None if turn.trace is None else turn.trace.begin_call(turn.record_at_first())
+    notes = call or CallNotes()
+    stream: ModelStream | None = None
+    failure: ModelError | None = None
     try:
         async with turn.client.stream(_request(turn, asked, notes)) as stream:
             turn.note_stream(stream)
@@ -325,13 +329,28 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
                     raise
                 _decide_failed(turn, error, settings)  # decided now: until the client has closed a deadline may pass
     except ModelError as error:
+        failure = error
         turn.note_spent(error.usage)
         if not _is_too_long(turn, error):
             raise
         return error
     finally:
         turn.attempts += 1 + notes.repeats
+        if call is not None:
+            _end_call(turn, call, stream, failure)
     return None
+
+
+def _end_call(turn: Turn, call: CallTrace, stream: ModelStream | None, failure: ModelError | None) -> None:
+    end = turn.end
+    if end is None and failure is None and turn.deadlines.have_stopped():
+        end = turn.deadlines.end()
+    call.end(
+        end,
+        error=None if failure is None else failure.code,
+        first_at=turn.first_token_at,
+        usage=stream.usage if stream is not None else None if failure is None else failure.usage,
+    )
 
 
 def _request(turn: Turn, asked: _Asked, notes: CallNotes) -> ModelRequest:

@@ -1,0 +1,344 @@
+"""Traces: a request, its turn and the calls of the model are one tree, across tasks, processes and to the upstream."""
+
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from functools import partial
+from math import inf
+from typing import Any
+
+import pytest
+import trio
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from service.sessions.commands import NewTurn
+from service.settings import Settings
+from service.stop_state import Phase
+from service.storage.memory import MemoryStore
+from service.telemetry.trace_variables import find_tracing
+from service.telemetry.tracing import open_tracing
+from tests.kept_log import kept_log, lines_of
+from tests.service.serving import Serving, read_to_end, serving
+from tests.sessions.puppet import open_stage
+from tests.upstreams.raw_server import Connection, Request, open_raw_server
+
+CAP_S = 60
+MARK = "zyzzyva"
+CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+class Model:
+    """A model server: it replies with two tokens, unless the input says otherwise, and keeps the requests."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.goes_on = trio.Event()
+
+    async def __call__(self, connection: Connection) -> None:
+        while True:
+            request = await connection.receive_request()
+            self.asked.append(request)
+            said = request.json["messages"][-1]["content"]  # type: ignore[index]
+            if said == "fails once" and len(self.asked) == 1:
+                await connection.send_response(
+                    503, {"error": {"message": f"overloaded by {MARK}"}}, {"retry-after": "0"}
+                )
+                continue
+            if said == "is refused":
+                await connection.send_response(400, {"error": {"message": f"no {MARK}"}})
+                continue
+            await connection.send_head(headers={"x-request-id": "up-1"})
+            await connection.send_event(chunk({"content": f"{MARK} "}))
+            if said == "waits":
+                await self.goes_on.wait()
+            await connection.send_event(chunk({"content": MARK}, "stop"))
+            usage = {
+                "prompt_tokens": 7,
+                "completion_tokens": 2,
+                "prompt_tokens_details": {"cached_tokens": 3},
+                "completion_tokens_details": {"reasoning_tokens": 1},
+            }
+            await connection.send_event({"choices": [], "usage": usage})
+            await connection.send_event(b"[DONE]")
+            await connection.end_body()
+
+
+def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+
+class Traced:
+    """A service whose spans are kept in memory: all of them, once it is closed."""
+
+    def __init__(self, server: Serving, model: Model) -> None:
+        self.server = server
+        self.model = model
+
+    async def call(self, method: str, path: str, body: object = None, **fields: str) -> bytes:
+        data = b"" if body is None else json.dumps(body).encode()
+        lines = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(data)), **fields}
+        if data:
+            lines["Content-Type"] = "application/json"
+        head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        async with await trio.open_tcp_stream("127.0.0.1", self.server.port) as stream:
+            await stream.send_all(head.encode() + b"\r\n" + data)
+            return await read_to_end(stream)
+
+    async def turn(self, text: str, **options: Any) -> bytes:
+        return await self.call("POST", "/sessions/s/turns", {"input": text, **options})
+
+
+@asynccontextmanager
+async def open_traced(exporter: InMemorySpanExporter, **settings: Any) -> AsyncIterator[Traced]:
+    model = Model()
+    with trio.fail_after(CAP_S):
+        async with open_raw_server(model) as upstream:
+            defaults = {"store_url": "memory:", "model_url": upstream.url, "model": "m"}
+            opening = partial(open_tracing, exporter=exporter)
+            async with serving(Settings(**defaults | settings), open_tracing=opening) as server:
+                traced = Traced(server, model)
+                await traced.call("POST", "/sessions", {"id": "s", "title": MARK, "system_message": MARK})
+                yield traced
+
+
+def named(spans: Sequence[ReadableSpan], name: str) -> list[ReadableSpan]:
+    return [span for span in spans if span.name == name]
+
+
+def ids(span: ReadableSpan) -> tuple[int, int]:
+    assert span.context is not None
+    return span.context.trace_id, span.context.span_id
+
+
+def parent_of(span: ReadableSpan) -> tuple[int, int] | None:
+    return None if span.parent is None else (span.parent.trace_id, span.parent.span_id)
+
+
+def attributes(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+ASKED = "POST /sessions/<session_id>/turns"
+
+
+async def test_a_request_its_turn_and_the_call_of_the_model_are_one_tree() -> None:
+    exporter = InMemorySpanExporter()
+    async with open_traced(exporter) as traced:
+        answer = await traced.turn(f"says {MARK}", temperature=0.5, max_output_tokens=9)
+        [asked] = traced.model.asked
+    turn_id = json.loads(answer.partition(b"\r\n\r\n")[2])["id"]
+    spans = exporter.get_finished_spans()
+    [request], [turn], [call] = named(spans, ASKED), named(spans, "turn"), named(spans, "chat m")
+    assert [parent_of(it) for it in (request, turn, call)] == [None, ids(request), ids(turn)]
+    assert [it.kind for it in (request, turn, call)] == [SpanKind.SERVER, SpanKind.INTERNAL, SpanKind.CLIENT]
+    assert all(it.status.status_code is StatusCode.UNSET for it in (request, turn, call))
+    trace_id, span_id = ids(call)
+    assert asked.headers["traceparent"][:53] == f"00-{trace_id:032x}-{span_id:016x}-"
+    about_call = attributes(call)
+    assert 0 < about_call.pop("gen_ai.response.time_to_first_chunk") < CAP_S
+    assert about_call == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": f"127.0.0.1:{asked.headers['host'].rpartition(':')[2]}",
+        "gen_ai.conversation.id": "s",
+        "gen_ai.request.model": "m",
+        "gen_ai.request.stream": True,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.max_tokens": 9,
+        "gen_ai.response.finish_reasons": ("stop",),
+        "gen_ai.usage.input_tokens": 7,
+        "gen_ai.usage.output_tokens": 2,
+        "gen_ai.usage.cache_read.input_tokens": 3,
+        "gen_ai.usage.reasoning.output_tokens": 1,
+        "server.address": "127.0.0.1",
+        "server.port": int(asked.headers["host"].rpartition(":")[2]),
+        "lastcall.upstream.request_id": "up-1",
+    }
+    about_turn = attributes(turn)
+    assert about_turn["lastcall.turn.id"] == turn_id
+    assert (about_turn["lastcall.turn.outcome"], about_turn["lastcall.turn.code"]) == ("completed", "stop")
+    assert about_turn["gen_ai.conversation.id"] == "s"
+    assert about_turn["lastcall.turn.attempts"] == 1
+    about_request = attributes(request)
+    assert (about_request["http.route"], about_request["http.response.status_code"]) == (ASKED.partition(" ")[2], 200)
+    assert about_request["url.path"] == "/sessions/s/turns"
+    assert about_request["lastcall.request.id"] == about_turn["lastcall.request.id"]
+    about_process = request.resource.attributes
+    assert (about_process["service.name"], about_process["process.pid"]) == ("lastcall", os.getpid())
+    assert MARK not in "".join(span.to_json() for span in spans), "no word of a conversation is in a trace"
+
+
+async def test_the_caller_s_trace_goes_on_and_the_log_names_it() -> None:
+    exporter = InMemorySpanExporter()
+    with kept_log("json") as read:
+        async with open_traced(exporter) as traced:
+            await traced.turn("x")
+            await traced.call("GET", f"/{MARK}?q={MARK}", traceparent="00-nonsense")
+            await traced.call("POST", "/chat", {"message": "x"}, traceparent=CALLER, tracestate="a=b")
+            state = traced.model.asked[-1].headers["tracestate"]
+        (first, second) = lines_of(read(), "turn ended")
+    spans = exporter.get_finished_spans()
+    trace_id, span_id = int(CALLER[3:35], 16), int(CALLER[36:52], 16)
+    [request] = named(spans, "POST /chat")
+    assert (parent_of(request), state) == ((trace_id, span_id), "a=b")
+    assert first["trace_id"] != second["trace_id"] == f"{trace_id:032x}"
+    [lost] = named(spans, "GET")
+    assert parent_of(lost) is None
+    assert attributes(lost)["http.response.status_code"] == 404
+    assert "url.path" not in attributes(lost)
+
+
+async def test_a_queued_turn_is_a_child_of_its_own_request_and_its_wait_is_seen() -> None:
+    """The task of the session was started by another request."""
+    exporter = InMemorySpanExporter()
+    async with open_traced(exporter) as traced:
+        await traced.turn("waits", background=True)
+        await traced.turn("x", background=True, on_conflict="queue")
+        traced.model.goes_on.set()
+        for turn in traced.server.service.sessions.open_turns():
+            await turn.ended.wait()
+    spans = exporter.get_finished_spans()
+    requests, turns, calls = named(spans, ASKED), named(spans, "turn"), named(spans, "chat m")
+    assert [parent_of(it) for it in turns] == [ids(it) for it in requests]
+    assert [parent_of(it) for it in calls] == [ids(it) for it in turns]
+    assert len({ids(it)[0] for it in spans}) == 3, "each request has a trace of its own"
+    events = [[event.name for event in it.events] for it in turns]
+    assert events == [["turn.first_token"], ["turn.started", "turn.first_token"]]
+
+
+async def test_a_repetition_is_an_event_of_the_call_and_a_failure_an_error_of_all_that_failed() -> None:
+    exporter = InMemorySpanExporter()
+    async with open_traced(exporter) as traced:
+        await traced.turn("fails once")
+        first, second = traced.model.asked
+        await traced.turn("is refused")
+    spans = exporter.get_finished_spans()
+    [repeated, refused], [good, failed] = named(spans, "chat m"), named(spans, "turn")
+    assert first.headers["traceparent"] == second.headers["traceparent"]
+    [event] = repeated.events
+    assert (event.name, (event.attributes or {})["error.type"]) == ("repeated", "upstream_error")
+    assert attributes(repeated)["lastcall.call.repeats"] == attributes(good)["lastcall.turn.attempts"] - 1 == 1
+    assert [it.status.status_code for it in (repeated, good)] == [StatusCode.UNSET] * 2
+    assert [it.status.status_code for it in (refused, failed)] == [StatusCode.ERROR] * 2
+    assert [attributes(it)["error.type"] for it in (refused, failed)] == ["upstream_rejected"] * 2
+    assert not refused.status.description
+    assert MARK not in "".join(span.to_json() for span in spans)
+
+
+async def test_a_cancelled_turn_leaves_no_span_open_and_is_no_error() -> None:
+    exporter = InMemorySpanExporter()
+    async with open_traced(exporter) as traced:
+        await traced.turn("waits", background=True)
+        [turn] = traced.server.service.sessions.open_turns()
+        await turn.log.wait_beyond(1)  # the first token after the start
+        await traced.call("POST", f"/sessions/s/turns/{turn.id}/cancel")
+    [ended], [call] = named(exporter.get_finished_spans(), "turn"), named(exporter.get_finished_spans(), "chat m")
+    assert (attributes(ended)["lastcall.turn.outcome"], attributes(ended)["lastcall.turn.code"]) == (
+        "cancelled",
+        "requested",
+    )
+    assert attributes(call)["lastcall.call.dropped"] is True
+    assert [it.status.status_code for it in (ended, call)] == [StatusCode.UNSET] * 2
+
+
+async def test_a_trace_that_the_caller_does_not_take_is_not_taken_here() -> None:
+    exporter = InMemorySpanExporter()
+    with kept_log("json") as read:
+        async with open_traced(exporter) as traced:
+            await traced.call("POST", "/chat", {"message": "x"}, traceparent=f"{CALLER[:-2]}00")
+            assert traced.model.asked[0].headers["traceparent"][-2:] == "00"
+        assert "trace_id" not in lines_of(read(), "turn ended")[0]
+    assert len(exporter.get_finished_spans()) == 1, "of the request that made the session"
+
+
+async def test_without_traces_no_field_of_them_goes_to_the_model() -> None:
+    model = Model()
+    with trio.fail_after(CAP_S):
+        async with (
+            open_raw_server(model) as upstream,
+            serving(Settings(store_url="memory:", model_url=upstream.url, model="m")) as server,
+        ):
+            traced = Traced(server, model)
+            await traced.call("POST", "/chat", {"message": "x"}, traceparent=CALLER)
+    assert "traceparent" not in model.asked[0].headers
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["by a request", "by itself"])
+async def test_a_turn_that_goes_on_in_another_process_is_a_child_of_the_first_one_s_span(goes_on: bool) -> None:
+    exporter = InMemorySpanExporter()
+    store = MemoryStore()
+    new = NewTurn(text="Hi", creates_session=True, on_interrupt="retry", on_disconnect="continue")
+    with trio.fail_after(CAP_S):
+        async with open_tracing(exporter=exporter, flush_deadline=lambda: inf) as tracing:
+            async with open_stage(store, tracing=tracing) as first:
+                turn, watch = await first.sessions.start_turn("s", new)
+                await first.puppet.next_reply()
+                first.stop.enter(Phase.INTERRUPTING)
+                first.sessions.drain.interrupt_all()
+                await first.sessions.drain.wait_idle()
+                watch.release()
+            async with open_stage(store, tracing=tracing) as second:
+                asking = tracing.begin("asks", "server", parent={})
+                with asking.current() if goes_on else nullcontext():
+                    _, watch = await second.sessions.open_events("s", turn.id)
+                asking.end()
+                (await second.puppet.next_reply()).finish()
+                await second.sessions.open_turns()[0].ended.wait()
+                watch.release()
+    spans = exporter.get_finished_spans()
+    [suspended, completed], [asks] = named(spans, "turn"), named(spans, "asks")
+    assert parent_of(completed) == ids(suspended)
+    assert [attributes(it)["lastcall.turn.outcome"] for it in (suspended, completed)] == ["suspended", "completed"]
+    assert [attributes(it)["lastcall.turn.attempt"] for it in (suspended, completed)] == [1, 2]
+    assert [(link.context.trace_id, link.context.span_id) for link in completed.links] == (
+        [ids(asks)] if goes_on else []
+    )
+    assert [parent_of(it) for it in named(spans, "chat scripted")] == [ids(suspended), ids(completed)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "on", "warning"),
+    [
+        ({}, False, None),
+        ({"OTEL_SERVICE_NAME": "chat", "OTEL_RESOURCE_ATTRIBUTES": "a=b"}, False, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, True, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": " "}, False, None),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True, None),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True, None),
+        ({"OTEL_TRACES_EXPORTER": "console, OTLP"}, True, None),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, False, None),
+        ({"OTEL_SDK_DISABLED": "True", "OTEL_TRACES_EXPORTER": "otlp"}, False, None),
+        ({"OTEL_TRACES_EXPORTER": "zipkin"}, False, "OTEL_TRACES_EXPORTER is 'zipkin'"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, True, None),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, False, "PROTOCOL is 'grpc'"),
+        (
+            {
+                "OTEL_TRACES_EXPORTER": "otlp",
+                "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            },
+            True,
+            None,
+        ),
+    ],
+)
+def test_the_standard_variables_say_whether_there_are_traces(
+    variables: dict[str, str], on: bool, warning: str | None
+) -> None:
+    open_it, told = find_tracing(variables)
+    assert (open_it is open_tracing) == on
+    assert (told is None) == (warning is None)
+    assert (warning or "") in (told or "")
+
+
+def test_traces_that_are_asked_for_without_the_extra_are_a_warning_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "service.telemetry.tracing", None)
+    assert find_tracing({}) == (None, None)
+    open_it, told = find_tracing({"OTEL_TRACES_EXPORTER": "otlp"})
+    assert open_it is None
+    assert "pip install 'lastcall[otel]'" in (told or "")
