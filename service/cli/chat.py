@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import trio
@@ -19,7 +20,7 @@ from service.cli import exit_codes
 from service.cli.connection import ONE_ATTEMPT, explained, open_client
 from service.cli.reply_views import JsonView, PlainView, ReplyView, TerminalView
 from service.cli.terminal.line_editor import Outcome
-from service.cli.terminal.output import Output, complain, harmless, harmless_line
+from service.cli.terminal.output import Output, OutputClosedError, complain, harmless, harmless_line
 from service.cli.terminal.prompt import Prompt
 from service.client_settings import Target
 
@@ -31,7 +32,7 @@ _MARK = "> "
 _PATIENT = Bounds(patience_s=None, pause_max_s=3)
 """A person sees that the server is away, and can leave; once it is back, the reply goes on soon."""
 _HINT = "Enter sends · Ctrl+J begins a new line · Ctrl+C stops a reply · Ctrl+D leaves"
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 async def run(arguments: argparse.Namespace, target: Target, output: Output) -> int:
@@ -47,74 +48,96 @@ async def run(arguments: argparse.Namespace, target: Target, output: Output) -> 
 
 
 async def _send_one(arguments: argparse.Namespace, output: Output, client: Client) -> int:
+    relay = _Relay(arguments, output, client)
     with trio.open_signal_receiver(*_STOPS) as signals:
-        message = arguments.message
+        async with _until_signal(signals) as stopped:
+            code = await relay.run()
+        if stopped:
+            code = 128 + stopped[0]
+            await relay.give_up()
+        elif code == exit_codes.OUTPUT_CLOSED:
+            await relay.give_up()
+    return code
+
+
+@asynccontextmanager
+async def _until_signal(signals: AsyncIterator[int]) -> AsyncIterator[list[int]]:
+    """Cancel the block at the first signal. The list has the signal then."""
+    stopped: list[int] = []
+
+    async def stop(scope: trio.CancelScope) -> None:
+        stopped.append(await anext(signals))
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stop, nursery.cancel_scope)
+        yield stopped
+        nursery.cancel_scope.cancel()
+
+
+class _Relay:
+    """One message and its reply."""
+
+    def __init__(self, arguments: argparse.Namespace, output: Output, client: Client) -> None:
+        self._arguments, self._client = arguments, client
+        kind = JsonView if arguments.json else TerminalView if output.is_terminal else PlainView
+        self._view: ReplyView = kind(output)
+        self._stream: TurnStream | None = None
+
+    async def run(self) -> int:
+        """Send the message, and show the reply. Returns the exit code."""
+        message = self._arguments.message
         if message is None:
-            message = await _read_message(signals)
-        if isinstance(message, int):
-            return message
+            message = await _read_message()
+        if message is None:
+            return exit_codes.USAGE
         if not message.strip():
             complain("there is no message: name it, or send it to standard input")
             return exit_codes.USAGE
-        return await _relay_one(arguments, output, client, message, signals)
+        await self._client.list_sessions(limit=1)  # where no server is, or no permission, the user is told at once
+        self._client.bounds = Bounds(pause_max_s=3)
+        session_id, model = self._arguments.session, self._arguments.model
+        self._stream = await _sent(self._client, message, session_id=session_id, model=model, view=self._view)
+        try:
+            await _show_all(self._stream, self._view)
+        except OutputClosedError:
+            return exit_codes.OUTPUT_CLOSED
+        except LastcallError:
+            await self._view.cut_off()
+            raise
+        end = self._stream.end
+        is_whole = end is not None and end.type == "turn.completed"
+        return exit_codes.OK if is_whole and self._view.is_exact else exit_codes.FAILED
+
+    async def give_up(self) -> None:
+        """Cancel the turn, if it runs: its reply has no reader any more."""
+        stream = self._stream
+        if stream is None or stream.end is not None:
+            return
+        with trio.move_on_after(_LEAVE_S):
+            with suppress(OutputClosedError):
+                await self._view.cut_off()
+            if stream.turn_id is not None:
+                with suppress(LastcallError):
+                    await stream.cancel()
 
 
-async def _read_message(signals: AsyncIterator[int]) -> str | int:
-    """The whole of standard input, or the exit code if there is no message in it, or a signal came first."""
+async def _read_message() -> str | None:
+    """The whole of standard input; None, and a complaint, if it is no message."""
     if os.isatty(0):
         sys.stderr.write("Type the message; Ctrl+D ends it.\n")
-    read: list[bytes] = []
-    stopped: list[int] = []
-
-    async def stop_at_signal(scope: trio.CancelScope) -> None:
-        stopped.append(await anext(signals))
-        scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_at_signal, nursery.cancel_scope)
-        # In a thread, because standard input may be a file. One that still reads at the exit is no hindrance.
-        while data := await trio.to_thread.run_sync(os.read, 0, 65536, abandon_on_cancel=True):
-            read.append(data)
-            if sum(map(len, read)) > INPUT_BYTES_MAX:
-                break
-        nursery.cancel_scope.cancel()
-    if stopped:
-        return 128 + stopped[0]
-    if sum(map(len, read)) > INPUT_BYTES_MAX:
-        complain(f"the message on standard input is longer than {INPUT_BYTES_MAX} bytes")
-        return exit_codes.USAGE
+    read = b""
+    # In a thread, because standard input may be a file. One that still reads at the exit is no hindrance.
+    while data := await trio.to_thread.run_sync(os.read, 0, 65536, abandon_on_cancel=True):
+        read += data
+        if len(read) > INPUT_BYTES_MAX:
+            complain(f"the message on standard input is longer than {INPUT_BYTES_MAX} bytes")
+            return None
     try:
-        return b"".join(read).decode()
+        return read.decode()
     except UnicodeDecodeError:
         complain("the message on standard input should be UTF-8")
-        return exit_codes.USAGE
-
-
-async def _relay_one(
-    arguments: argparse.Namespace, output: Output, client: Client, message: str, signals: AsyncIterator[int]
-) -> int:
-    await client.list_sessions(limit=1)  # where no server is, or no permission, the user is told at once
-    client.bounds = Bounds(pause_max_s=3)
-    view = JsonView(output) if arguments.json else TerminalView(output) if output.is_terminal else PlainView(output)
-    stream = await _sent(client, message, session_id=arguments.session, model=arguments.model, view=view)
-    stopped: list[int] = []
-
-    async def stop_at_signal(scope: trio.CancelScope) -> None:
-        stopped.append(await anext(signals))
-        scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_at_signal, nursery.cancel_scope)
-        await _show_all(stream, view)
-        nursery.cancel_scope.cancel()
-    if stopped:
-        if stream.turn_id is not None and stream.end is None:
-            with trio.move_on_after(_LEAVE_S):
-                await stream.cancel()
-        await stream.aclose()
-        return 128 + stopped[0]
-    is_whole = stream.end is not None and stream.end.type == "turn.completed"
-    return exit_codes.OK if is_whole and getattr(view, "is_exact", True) else exit_codes.FAILED
+        return None
 
 
 async def _sent(
@@ -156,6 +179,7 @@ class _Conversation:
         self._stream: TurnStream | None = None
         self._reply_scope: trio.CancelScope | None = None
         self._is_stopping = False
+        self._was_cut = False
 
     async def run(self) -> int:
         """Talk until the user leaves. Returns the exit code."""
@@ -167,8 +191,10 @@ class _Conversation:
                 nursery.start_soon(self._take_signals, signals, nursery)
                 await self._talk(session)
                 nursery.cancel_scope.cancel()
+        if self._was_cut:
+            await self._output.write("\n")
         if self.session_id is not None and self.exit_code in (exit_codes.OK, exit_codes.INTERRUPTED):
-            line = f"lastcall chat --session {self.session_id} goes on with this conversation"
+            line = f"lastcall chat --session {harmless_line(self.session_id)} goes on with this conversation"
             await self._output.write(self._output.styled(line, "dim") + "\n")
         return self.exit_code
 
@@ -264,6 +290,7 @@ class _Conversation:
                 nursery.start_soon(self._stop_reply)
             else:
                 self.exit_code = 128 + number
+                self._was_cut = self._reply_scope is not None
                 nursery.cancel_scope.cancel()
 
     async def _stop_reply(self) -> None:

@@ -1,4 +1,4 @@
-"""The commands that talk to a server: ``lastcall chat``, ``sessions`` and ``tree``.
+"""The commands that talk to a server: ``lastcall chat``, ``sessions``, ``tree`` and ``drain``.
 
 This module is loaded for each ``--help``, so it imports nothing that takes a moment: what a command needs is imported
 when it runs.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from service.cli import exit_codes
 from service.client_settings import ClientSettingsError, read_target
 
-CLIENT_COMMANDS = ("chat", "sessions", "tree")
+CLIENT_COMMANDS = ("chat", "sessions", "tree", "drain")
 _EXIT_CODES = """\
 exit codes: 0 done; 1 the turn did not complete, or the server refused; 2 wrong arguments; 69 no server answers;
 75 refused for the moment; 76 no Lastcall server; 77 no permission; 130 Ctrl+C
@@ -58,6 +58,9 @@ def add_client_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     tree.add_argument("--worker", metavar="PID", type=int, help="this worker of the server")
     tree.add_argument("--all", action="store_true", help="with cancel scopes, nurseries and idle connections")
     tree.add_argument("--json", action="store_true", help="print the server's answer as JSON")
+    drain = add("drain", "stop the server as SIGTERM does: running turns may finish, new work is refused")
+    drain.add_argument("--wait", action="store_true", help="wait until the server is gone")
+    drain.add_argument("--json", action="store_true", help="print the server's answer as JSON")
 
 
 def _limit(text: str) -> int:
@@ -82,5 +85,5 @@ def run_client_command(arguments: argparse.Namespace, *, encoding: str | None = 
         from service.cli import client_run  # noqa: PLC0415  takes a moment
 
         return client_run.run(arguments, target, encoding=encoding or sys.stdout.encoding)
-    except KeyboardInterrupt:  # before the command takes signals itself
+    except KeyboardInterrupt:  # while the command is loaded
         return 128 + signal.SIGINT

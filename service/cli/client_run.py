@@ -26,6 +26,8 @@ def run(arguments: argparse.Namespace, target: Target, *, encoding: str) -> int:
             complain(line)
         except* OutputClosedError:
             pass
+        except* KeyboardInterrupt:  # before the command takes signals itself
+            code = exit_codes.INTERRUPTED
         return code
 
     return trio.run(run_command)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lastcall_client import Event, Waiting
@@ -16,13 +17,22 @@ _KEPT_SHOWN_MAX = 160
 
 
 class ReplyView(Protocol):
-    """Shows one reply."""
+    """Shows one reply.
+
+    Attributes:
+        is_exact: What was printed is the reply. Lines that a crash has taken back cannot be unprinted in a pipe.
+    """
+
+    is_exact: bool
 
     async def show(self, event: Event, text: str) -> None:
         """Show what an event says. ``text`` is the reply that counts, after ``turn.resumed`` and an end; else empty."""
 
     def wait(self, waiting: Waiting) -> None:
         """Say that the connection is lost, and when it is tried again."""
+
+    async def cut_off(self) -> None:
+        """Show what is held back, because the reply is not followed any further."""
 
 
 def why(event: Event) -> str:
@@ -41,26 +51,27 @@ class JsonView:
     """Prints each event as a line of JSON."""
 
     def __init__(self, output: Output) -> None:
+        self.is_exact = True
         self._output = output
+
+    async def cut_off(self) -> None:
+        """Nothing is held back."""
 
     async def show(self, event: Event, text: str) -> None:  # noqa: ARG002  as the others
         await self._output.write(json_line(event.data))
 
     def wait(self, waiting: Waiting) -> None:
-        complain(f"connection lost ({waiting.error.detail}); trying again")
+        if waiting.attempt == 1:
+            complain(f"connection lost ({waiting.error.detail}); trying again")
 
 
-def json_line(data: Any) -> str:
+def json_line(data: Mapping[str, Any]) -> str:
     """A value as one line of JSON, which is harmless in a terminal and the same in all encodings."""
-    return escape_json(json.dumps(dict(data) if not isinstance(data, dict) else data, ensure_ascii=True)) + "\n"
+    return escape_json(json.dumps(dict(data))) + "\n"
 
 
 class PlainView:
-    """Prints the text of a reply, whole lines as they come, and says all else on standard error.
-
-    Attributes:
-        is_exact: What was printed is the reply. Lines that a crash has taken back cannot be unprinted.
-    """
+    """Prints the text of a reply, whole lines as they come, and says all else on standard error."""
 
     def __init__(self, output: Output) -> None:
         self.is_exact = True
@@ -79,30 +90,43 @@ class PlainView:
             self.is_exact &= text.startswith(self._text[: self._printed])
             self._text = text
             self._printed = min(self._printed, len(text))
-        end = len(self._text) if event.is_end else self._text.rfind("\n") + 1
-        if end > self._printed:
-            piece, self._printed = self._text[self._printed : end], end
-            await self._output.write(harmless(piece))
+        await self._print(len(self._text) if event.is_end else self._text.rfind("\n") + 1)
         if event.is_end:
             await self._end(event)
 
-    async def _end(self, event: Event) -> None:
+    async def _print(self, end: int) -> None:
+        """Print the text up to there."""
+        if end > self._printed:
+            piece, self._printed = self._text[self._printed : end], end
+            await self._output.write(harmless(piece))
+
+    async def cut_off(self) -> None:
+        """Print the line that has begun."""
+        await self._print(len(self._text))
+        await self._end_line()
+
+    async def _end_line(self) -> None:
         if self._text and not self._text.endswith("\n"):
             await self._output.write("\n")
+
+    async def _end(self, event: Event) -> None:
+        await self._end_line()
         if event.type != "turn.completed":
             complain(f"{event.type.removeprefix('turn.')}: {why(event)}")
         elif not self.is_exact:
             complain("a crash of the server took back lines that are printed already: read the reply again")
 
     def wait(self, waiting: Waiting) -> None:
-        self._is_away = True
-        complain(f"connection lost ({waiting.error.detail}); trying again in {waiting.delay_s:.1f} s")
+        if not self._is_away:
+            self._is_away = True
+            complain(f"connection lost ({waiting.error.detail}); trying again")
 
 
 class TerminalView:
     """Shows a reply on a terminal: the text as it comes, reasoning dimmed, and a line of figures at the end."""
 
     def __init__(self, output: Output) -> None:
+        self.is_exact = True
         self._output = output
         self._column = Column()
         self._colours = MarkdownColours(output.styled)
@@ -143,6 +167,12 @@ class TerminalView:
         begin = "\r\x1b[K" if self._has_status or not self._column.at else "\r\n"
         self._has_status = True
         self._output.write_now(begin + self._output.styled(cut(line, columns - 1), "yellow"))
+
+    async def cut_off(self) -> None:
+        """End the line that has begun."""
+        self._clear_status()
+        if self._column.at:
+            await self._write("\n", str)
 
     def _clear_status(self) -> None:
         if not self._has_status:

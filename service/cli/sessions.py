@@ -39,7 +39,7 @@ async def _print_pages(arguments: argparse.Namespace, output: Output, client: Cl
             break
     if output.is_terminal and not arguments.json:
         if after:
-            await output.write(output.styled(f"more: {_next_command(arguments, after)}", "dim") + "\n")
+            await output.write(output.styled(harmless_line(f"more: {_next_command(arguments, after)}"), "dim") + "\n")
         elif page.get("partial"):
             await output.write(output.styled("the search ended early: more specific words find more", "dim") + "\n")
 
@@ -59,9 +59,9 @@ async def _print_page(
 
 
 def _fields(session: Session) -> list[str]:
-    title, found = harmless_line(session["title"] or ""), session.get("match")
-    fields = [session["id"], session["status"], session["last_accessed_at"], str(session["message_count"]), title]
-    return [*fields, harmless_line(found["snippet"])] if found else fields
+    fields = [session["id"], session["status"], session["last_accessed_at"], str(session["message_count"])]
+    fields += [session["title"] or "", *([session["match"]["snippet"]] if session.get("match") else [])]
+    return [harmless_line(it) for it in fields]
 
 
 def _table(output: Output, sessions: Sequence[Session], *, with_head: bool) -> list[str]:
@@ -74,7 +74,8 @@ def _table(output: Output, sessions: Sequence[Session], *, with_head: bool) -> l
     for session in sessions:
         title = harmless_line(session["title"] or "")
         is_running = session["status"] == "running"
-        name = output.styled(padded(session["id"], width), *(("bold", "green") if is_running else ("bold",)))
+        name = padded(harmless_line(session["id"]), width)
+        name = output.styled(name, "bold", "green") if is_running else output.styled(name, "bold")
         used = "running" if is_running else _ago(session["last_accessed_at"])
         lines.append(f"{name}  {used:>9}  {session['message_count']:>8}  {cut(title, rest)}".rstrip() + "\n")
         if found := session.get("match"):

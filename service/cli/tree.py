@@ -5,7 +5,6 @@ once.
 """
 
 import argparse
-import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from service.cli.reply_views import json_line
 from service.cli.terminal.cells import cut
 from service.cli.terminal.keys import Key, KeyDecoder
 from service.cli.terminal.output import Output, Style, harmless_line
-from service.cli.terminal.raw_mode import raw_mode
+from service.cli.terminal.raw_mode import raw_mode, read_keys
 from service.client_settings import Target
 
 Node = Mapping[str, Any]
@@ -63,7 +62,7 @@ def drawn(tree: Mapping[str, Any], output: Output, *, with_inner: bool = False) 
     shutdown = tree["shutdown"]
     if shutdown["phase"] != _SERVING:
         passed = " → ".join(shutdown["entered"]) or shutdown["phase"]
-        lines.append(output.styled(f"stopping ({harmless_line(shutdown['reason'])}): {passed}", "bold", "yellow"))
+        lines.append(output.styled(harmless_line(f"stopping ({shutdown['reason']}): {passed}"), "bold", "yellow"))
     children = _children(tree["nodes"], with_inner=with_inner)
     for root in children.get(None, ()):
         lines += _below(root, children, tree["clock"], output)
@@ -76,7 +75,7 @@ def _head(tree: Mapping[str, Any], output: Output) -> str:
     parts += [f"{counts['left_out']} nodes left out"] if counts.get("left_out") else []
     others = [str(it["pid"]) for it in tree["workers"] if it["pid"] != worker["pid"]]
     parts += [f"other workers: {', '.join(others)} (--worker PID)"] if others else []
-    return output.styled(" · ".join([*parts, str(tree["taken_at"])[11:19] + " UTC"]), "dim")
+    return output.styled(harmless_line(" · ".join([*parts, str(tree["taken_at"])[11:19] + " UTC"])), "dim")
 
 
 def _children(nodes: Sequence[Node], *, with_inner: bool) -> Mapping[str | None, list[Node]]:
@@ -121,7 +120,7 @@ def _below(root: Node, children: Mapping[str | None, list[Node]], clock: float, 
 def _line(node: Node, clock: float, output: Output) -> str:
     name = harmless_line(str(node["name"]))
     styles: tuple[Style, ...] = ("red",) if node.get("cancelled") else _STYLES.get(node["kind"], ())
-    details = " · ".join(_details(node, clock))
+    details = harmless_line(" · ".join(_details(node, clock)))
     return output.styled(name, *styles) + (output.styled(f"  {details}", "dim") if details else "")
 
 
@@ -129,10 +128,10 @@ def _details(node: Node, clock: float) -> Iterator[str]:
     if node.get("cancelled"):
         yield "cancelled"
     if node.get("state") and node["kind"] != "process":
-        yield harmless_line(str(node["state"]))
+        yield str(node["state"])
     for field in ("owner", "model", "upstream", "face"):
         if node.get(field):
-            yield harmless_line(str(node[field]))
+            yield str(node[field])
     if node.get("seq"):
         yield f"event {node['seq']}"
     if node.get("text_length"):
@@ -140,7 +139,7 @@ def _details(node: Node, clock: float) -> Iterator[str]:
     if node.get("since") is not None:
         yield f"for {_seconds(clock - node['since'])}"
     if node.get("deadline") is not None:
-        yield f"{harmless_line(str(node.get('deadline_name') or 'deadline'))} in {_seconds(node['deadline'] - clock)}"
+        yield f"{node.get('deadline_name') or 'deadline'} in {_seconds(node['deadline'] - clock)}"
     if node.get("shielded"):
         yield "shielded"
     if node.get("left_out"):
@@ -229,8 +228,7 @@ class _LiveTree:
     async def _take_keys(self, scope: trio.CancelScope) -> None:
         decoder = KeyDecoder(self._output.encoding)
         while True:
-            await trio.lowlevel.wait_readable(0)
-            data = os.read(0, 4096)
+            data = await read_keys(0)
             for key in decoder.feed(data):
                 if key in ("q", "Q", Key.END_OF_INPUT):
                     scope.cancel()

@@ -128,6 +128,7 @@ def test_a_hostile_reply_is_harmless_and_keeps_its_lines_tabs_and_letters(
         (["chat", "Hi"], "wrong", (77, "does not accept this API key: set LASTCALL_API_KEY, or name")),
         (["sessions"], ADMIN_KEY, (77, "refuses: This API key may not do this: it needs the permission")),
         (["tree"], KEY, (77, "refuses: This API key may not do this: it needs the permission 'administer'")),
+        (["drain"], KEY, (77, "refuses: This API key may not do this: it needs the permission 'administer'")),
         (["sessions"], "", (77, "requires an API key: set LASTCALL_API_KEY")),
         (["sessions", "--after", "nonsense"], KEY, (1, "refused: ")),
         (["chat", "Hi", "--session", "no/id"], KEY, (1, "refused: ")),
@@ -173,6 +174,43 @@ def test_characters_that_the_locale_does_not_have_are_written_in_others(
     arguments = ["chat", "Hi", "--url", server.url, "--model", "hostile"]
     assert client_commands.main(arguments, encoding="ascii") == 0
     assert capfd.readouterr().out.endswith("\ttab \\u4e16\\u754c \\xe9\n")
+
+
+def running_turn(server: Served, session: str) -> str | None:
+    """The turn that runs in a session, once it has a text."""
+    if session not in [it["id"] for it in server.get("/sessions?status=running&limit=100")["data"]]:
+        return None
+    turn = server.get(f"/sessions/{session}/turns")["data"][-1]
+    found: str | None = turn["id"] if turn["text"] else None
+    return found
+
+
+async def test_a_turn_whose_command_is_stopped_is_cancelled(server: Served, tmp_path: Path) -> None:
+    arguments = ["--url", server.url, "--session", "given-up", "--model", "endless"]
+    async with program("-m", "service", "chat", "Talk", *arguments, folder=tmp_path) as (piped, output):
+        with trio.fail_after(CAP_S):
+            while (turn := running_turn(server, "given-up")) is None:  # noqa: ASYNC110  another process sets no event
+                await trio.sleep(0.05)
+        piped.send_signal(signal.SIGTERM)
+        await output.until("You said[^\n]*\n")  # the line that had begun
+        assert await piped.wait() == 143
+    ended = server.get(f"/sessions/given-up/turns/{turn}")
+    assert (ended["state"], ended["reason"]) == ("cancelled", "requested")
+
+
+def test_a_turn_whose_reader_has_gone_is_cancelled(server: Served) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    before = os.dup(1)
+    os.dup2(write, 1)
+    try:
+        arguments = ["--url", server.url, "--session", "unread", "--model", "endless", "--json"]
+        assert client_commands.main(["chat", "Talk", *arguments]) == 141
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(write)
+    assert server.get("/sessions/unread/turns")["data"][0]["state"] == "cancelled"
 
 
 def test_the_help_of_a_command_loads_no_server_and_no_event_loop() -> None:
@@ -429,6 +467,24 @@ def test_a_tree_in_a_pipe_is_drawn_once(
     nodes = json.loads(capfd.readouterr().out)["nodes"]
     assert [it["session"] for it in nodes if it.get("turn") == turn] == ["ash"]
     server.post(f"/sessions/ash/turns/{turn}/cancel", {})
+
+
+async def test_a_tree_whose_server_is_drained_says_so_and_ctrl_c_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
+    with serving(tmp_path, {"LASTCALL_MODEL_URL": "scripted:"}) as server:
+        command = ["tree", "--url", server.url]
+        async with open_terminal(*command, folder=tmp_path, columns=150, LASTCALL_API_KEY=ADMIN_KEY) as terminal:
+            await terminal.shows("q leaves")
+            drained = ["-m", "service", "drain", "--wait", "--url", server.url]
+            async with program(*drained, folder=tmp_path) as (drain, output):
+                await output.until("The server at .* drains; it stops as at SIGTERM: .*gone after [0-9.]+ s\n")
+                assert await drain.wait() == 0
+            assert server.process.wait(timeout=CAP_S) == 0
+            await terminal.shows("old, because no server answers at")
+            await terminal.type("\x03")
+            assert await terminal.ends() == 130
 
 
 # Without a server

@@ -203,5 +203,5 @@ def test_wrong_command_is_refused_with_the_commands_that_exist() -> None:
     refused = run("sreve")
     assert refused.returncode == 2
     of_the_store = "backup,check,export,import,copy,migrate,vacuum"
-    assert f"{{serve,config,{of_the_store},certificates,chat,sessions,tree}}" in refused.stderr
+    assert f"{{serve,config,{of_the_store},certificates,chat,sessions,tree,drain}}" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -100,11 +100,11 @@ async def test_a_part_that_a_crash_took_back_is_told_on_a_terminal() -> None:
 
 def test_lines_that_are_not_printed_yet_can_be_taken_back_in_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
     resumed: Step = ("turn.resumed", {"text_length": 5}, "one\ntw")
-    steps = (delta("one\ntwo th"), AWAY, resumed, delta("enty"), DONE)
+    steps = (delta("one\ntwo th"), AWAY, AWAY, resumed, delta("enty"), DONE)
     out, err, is_exact = printed(capfd, *steps)
     assert (out, is_exact) == ("one\ntwenty\n", True)
     assert err == (
-        "lastcall: connection lost (The stream has ended before its turn.); trying again in 2.5 s\n"
+        "lastcall: connection lost (The stream has ended before its turn.); trying again\n"
         "lastcall: the server is back, and the reply goes on\n"
     )
 

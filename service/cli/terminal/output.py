@@ -42,6 +42,7 @@ class Output:
         self.is_terminal = os.isatty(fd) and not is_dumb_terminal()
         self._is_coloured = self.is_terminal and not wants_no_colour()
         mode = os.fstat(fd).st_mode
+        self._lock = trio.Lock()
         # epoll, and so Trio, takes no regular files, and a device such as /dev/null never waits.
         self._can_wait = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)
 
@@ -62,12 +63,13 @@ class Output:
     async def write(self, text: str) -> None:
         """Write a text. A cancelled write may have written a part of it. Raises: OutputClosedError"""
         data = self._encoded(text)
-        for begin in range(0, len(data), _PIECE):
-            piece = data[begin : begin + _PIECE]
-            while piece:
-                if self._can_wait:
-                    await trio.lowlevel.wait_writable(self._fd)
-                piece = piece[self._write(piece) :]
+        async with self._lock:
+            for begin in range(0, len(data), _PIECE):
+                piece = data[begin : begin + _PIECE]
+                while piece:
+                    if self._can_wait:
+                        await trio.lowlevel.wait_writable(self._fd)
+                    piece = piece[self._write(piece) :]
 
     def write_now(self, text: str) -> None:
         """Write a short text at once: it may block for as long as the terminal is stopped. Raises: OutputClosedError"""

@@ -6,14 +6,10 @@ import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import trio
-
 from service.cli.terminal.keys import PASTES_OFF, PASTES_ON, Key, KeyDecoder
 from service.cli.terminal.line_editor import LineEditor, Outcome
 from service.cli.terminal.output import Output
-from service.cli.terminal.raw_mode import raw_mode, set_raw
-
-_READ_BYTES = 65536
+from service.cli.terminal.raw_mode import raw_mode, read_keys, set_raw
 
 
 class Prompt:
@@ -61,11 +57,7 @@ class Prompt:
     async def _next(self) -> Outcome | None:
         """Take what was typed until a key ends the message."""
         if not self._pending:
-            await trio.lowlevel.wait_readable(self._fd)
-            try:
-                data = os.read(self._fd, _READ_BYTES)
-            except OSError:  # the terminal has gone
-                data = b""
+            data = await read_keys(self._fd)
             if not data:
                 return Outcome.LEFT
             self._pending += self._decoder.feed(data)

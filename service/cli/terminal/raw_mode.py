@@ -1,11 +1,15 @@
 """A terminal whose keys are read at once, and not echoed."""
 
+import os
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import trio
+
 _INPUT, _LOCAL = 0, 3
 """The places of the flags in what ``tcgetattr`` returns."""
+_READ_BYTES = 65536
 
 
 def set_raw(fd: int, *, signals: bool) -> None:
@@ -14,11 +18,12 @@ def set_raw(fd: int, *, signals: bool) -> None:
     Args:
         signals: Ctrl+C, Ctrl+Z and Ctrl+\\ send their signals, and are no keys.
     """
-    mode = termios.tcgetattr(fd)
-    mode[_INPUT] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
-    mode[_LOCAL] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
-    mode[_LOCAL] = mode[_LOCAL] | termios.ISIG if signals else mode[_LOCAL] & ~termios.ISIG
-    termios.tcsetattr(fd, termios.TCSANOW, mode)
+    with suppress(termios.error):  # the terminal has gone
+        mode = termios.tcgetattr(fd)
+        mode[_INPUT] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR)
+        mode[_LOCAL] &= ~(termios.ICANON | termios.ECHO | termios.IEXTEN)
+        mode[_LOCAL] = mode[_LOCAL] | termios.ISIG if signals else mode[_LOCAL] & ~termios.ISIG
+        termios.tcsetattr(fd, termios.TCSANOW, mode)
 
 
 @contextmanager
@@ -31,3 +36,12 @@ def raw_mode(fd: int) -> Iterator[list[int | list[bytes | int]]]:
     finally:
         with suppress(termios.error):  # the terminal has gone
             termios.tcsetattr(fd, termios.TCSANOW, before)
+
+
+async def read_keys(fd: int) -> bytes:
+    """What was typed, as soon as there is something; empty if the terminal has gone."""
+    await trio.lowlevel.wait_readable(fd)
+    try:
+        return os.read(fd, _READ_BYTES)
+    except OSError:
+        return b""
