@@ -432,6 +432,9 @@ class Settings(BaseModel):
     store_url: Annotated[str, AfterValidator(checked_store_url), Field(repr=False)] = "sqlite:lastcall.db"
     """Where sessions are kept: `sqlite:path`, a file; `postgresql://user@host/database`; or `memory:`, gone with the
     process."""
+    shutdowns_file: Name | None = None
+    """The file that keeps the reports of past shutdowns, for `GET /admin/shutdowns`. Unless set, it is beside a SQLite
+    database, as `lastcall.db-shutdowns`; with other stores there is none."""
     store_schema: Annotated[str, AfterValidator(checked_schema_name)] = "lastcall"
     """The schema of a PostgreSQL database in which the tables are; made if necessary."""
     store_timeout_s: PositiveSeconds = 5

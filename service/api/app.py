@@ -47,7 +47,7 @@ from service.api.http.request_target import fault_of, refuse_target
 from service.api.native import chat, sessions, turns
 from service.api.openai import chat_completions, conversations, models, responses
 from service.api.openai.errors import is_path_of_openai, openai_error_response
-from service.api.operator import admin, console, drain, health, metrics, tree
+from service.api.operator import admin, console, drain, health, metrics, shutdowns, tree
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError, ShuttingDownError, StoreError
 from service.settings import Permission
@@ -167,7 +167,7 @@ def create_app() -> Application:
     app.url_map.merge_slashes = False  # otherwise Quart redirects ``//``, which would drop a POST's body
     for module in (sessions, turns, chat, responses, conversations, chat_completions, models):
         app.register_blueprint(module.blueprint)
-    assert drain.blueprint is tree.blueprint is admin.blueprint  # each module adds its calls to it
+    assert drain.blueprint is shutdowns.blueprint is tree.blueprint is admin.blueprint  # each module adds calls to it
     for module in (health, metrics, admin, page, console):
         app.register_blueprint(module.blueprint)
     app.register_error_handler(Exception, _answer_error)  # for web sockets

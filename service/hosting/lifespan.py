@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from typing import Any
 
+import msgspec
 import structlog
 import trio
 from hypercorn.config import Sockets
@@ -21,6 +22,7 @@ from quart import Quart
 from service.api.app import attach, detach
 from service.api.http.app_state import refusals_of
 from service.api.http.proxy import SUCCESSORS
+from service.api.operator.stop_wire import bounds_of
 from service.api.operator.workers import ASK_STOP, WORKERS
 from service.cluster.peer_transport import PeerTransport
 from service.errors import StartupError
@@ -49,6 +51,7 @@ from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
 from service.telemetry.metrics.memory import Memory
 from service.telemetry.metrics.metrics import Metrics
+from service.telemetry.shutdown_history import ShutdownHistory, history_file
 from service.telemetry.trace_variables import PREFIX as OTEL_PREFIX
 from service.telemetry.trace_variables import OpenTracing, find_tracing
 from service.telemetry.tree_nodes import Node, Notes
@@ -157,6 +160,8 @@ class Hosting(Host):
         self._metrics = Metrics(
             Memory(master.open_metrics_file() if master is not None else None), models=models_of(settings)
         )
+        file = history_file(settings)
+        self._history = None if file is None else ShutdownHistory(file)
         self._peer_address: str | None = None
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
@@ -242,6 +247,8 @@ class Hosting(Host):
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
                     nursery.start_soon(self._announce, service)
+                    if self._history is not None:
+                        nursery.start_soon(self._note_started, self._history)
                     nursery.start_soon(self._unread_answers.run)
                     nursery.start_soon(self._leave_clients_to_others)
                     await self._shutdown.reached(Phase.RELEASING)
@@ -278,6 +285,10 @@ class Hosting(Host):
             self._worker.master.tell_serving(self._peer_address)
         addresses, secure = self._listeners.addresses, self._listeners.secure_addresses
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
+
+    async def _note_started(self, history: ShutdownHistory) -> None:
+        """Note the start beside the start: a disk that hangs holds nothing up."""
+        await trio.to_thread.run_sync(history.note_started, abandon_on_cancel=True)
 
     def _ask_stop(self, reason: str) -> None:
         """Begin the stop of the whole server, as a signal to it would. A master, if there is one, gives the notice."""
@@ -392,6 +403,9 @@ class Hosting(Host):
         report.log()
         report.count(self._metrics)
         code = ExitCode.CRASHED if crash else ExitCode.CLEAN if report.clean else ExitCode.FAULTS
+        if self._history is not None:
+            bounds_ms = {name: round(bound * 1000, 1) for name, bound in bounds_of(self._settings).items()}
+            self._history.note_stopped(msgspec.structs.asdict(report), exit_code=code, bounds_ms=bounds_ms)
         if not self._closed.is_set():
             leave(code)
         leave_at_exit(code)

@@ -63,4 +63,5 @@ def _node_of_stream(slot: StreamSlot, notes: Notes) -> Node:
         since=notes.moment(slot.opened_at),
         seq=None if progress is None else progress.seq,
         turn=turn or None,
+        face=slot.face,
     )

@@ -8,6 +8,7 @@ import httpx
 import pytest
 import trio
 
+from service.telemetry.shutdown_history import read_history
 from tests.process.lastcall import CAP_S, CONFIGURED_2, open_lastcall, wait_gone
 
 pytestmark = pytest.mark.parallel
@@ -60,3 +61,12 @@ async def test_two_workers_show_each_other_and_a_drain_stops_both(tmp_path: Path
     reports = [line for line in (tmp_path / "server.log").read_text().splitlines() if "shutdown report" in line]
     assert {json.loads(line)["reason"] for line in reports} == {"admin drain"}
     assert len(reports) == 2
+    history = read_history(tmp_path / "lastcall.db-shutdowns", limit=50)
+    assert {line.of.pid for line in history} == pids
+    for line in history:
+        assert line.at is not None
+        assert line.at > line.of.started_at
+        assert line.report is not None
+        assert (line.report["reason"], line.exit_code) == ("admin drain", 0)
+        assert line.bounds_ms is not None
+        assert line.bounds_ms["draining"] == 5000

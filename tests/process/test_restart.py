@@ -55,7 +55,8 @@ async def test_without_any_settings_sessions_outlive_the_process(tmp_path: Path,
             assert_clean(host, server, gone)
     assert seen[:2] == seen[2:]
     assert (seen[0]["message_count"], seen[0]["idle_timeout_s"]) == (2, 30 * 24 * 3600)
-    assert {it.name for it in folder.iterdir()} == {"lastcall.db", "lastcall.db-owners", "lastcall.db-reserve"}
+    beside = {f"lastcall.db-{it}" for it in ("owners", "reserve", "shutdowns")}
+    assert {it.name for it in folder.iterdir()} == {"lastcall.db", *beside}
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)

@@ -2,21 +2,18 @@
 
 import inspect
 
-import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.telemetry.cancel_scopes import is_cancelled, is_over, scopes_in, was_cancelled
 
 
-@pytest.mark.removal
 def test_trio_still_tells_no_scopes_of_a_task() -> None:
     """Once Trio tells them, ``service/telemetry/cancel_scopes.py`` can ask it."""
     public = {name for name in dir(trio.lowlevel.Task) if not name.startswith("_")}
     assert not {name for name in public if "scope" in name or "cancel" in name}
 
 
-@pytest.mark.removal
 def test_trio_still_cancels_a_scope_that_is_asked_whether_it_was_cancelled() -> None:
     assert "self._cancel(" in inspect.getsource(trio.CancelScope.cancel_called.fget)  # type: ignore[attr-defined]
 

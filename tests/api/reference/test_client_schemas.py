@@ -27,6 +27,7 @@ from service.api.openai.responses import DeletedResponse
 from service.api.operator.console import Root
 from service.api.operator.drain import Draining
 from service.api.operator.health import Health
+from service.api.operator.shutdowns import Shutdowns
 from service.api.operator.tree_wire import Tree
 from service.api.reference.client_schemas import structs_in
 from service.api.reference.page import document_of
@@ -44,7 +45,7 @@ ANSWERS = {
     name: kind
     for of in (
         *(SessionList, MessageList, AddedMessages, TurnList, TurnTree),
-        *(Health, Root, Problem, Event, Tree, Draining),
+        *(Health, Root, Problem, Event, Tree, Draining, Shutdowns),
         *(Response, ItemList, DeletedResponse, ErrorBody, EndErrorBody),
         *(ChatCompletion, Conversation, ConversationDeleted, ModelList),
     )

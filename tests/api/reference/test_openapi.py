@@ -32,7 +32,7 @@ from service.api.openai import (
 )
 from service.api.openai import errors as openai_errors
 from service.api.openai import response as openai_response
-from service.api.operator import console, drain, health, tree_wire
+from service.api.operator import console, drain, health, shutdowns, tree_wire
 from service.api.reference.page import document_of
 from service.errors import LastcallError, ModelError, RefusedError, StartupError
 from service.failure_codes import FailureCode
@@ -40,7 +40,8 @@ from tests.api.inprocess import open_api
 
 DOCUMENT = document_of(create_app())
 WIRE = (
-    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems, health, console, tree_wire, drain),
+    *(message_wire, session_wire, turn_requests, turn_wire, event_stream, problems),
+    *(health, console, tree_wire, drain, shutdowns),
     *(openai_errors, failures, items, requests, openai_response, responses),
     *(chat_frames, chat_requests, conversation_wire, models),
 )
@@ -84,7 +85,7 @@ def test_every_call_of_the_design_that_there_is_is_described() -> None:
         "DELETE /v1/conversations/{conversation_id}/items/{item_name}",
         "POST /v1/responses", "GET /v1/responses/{response_id}", "DELETE /v1/responses/{response_id}",
         "POST /v1/responses/{response_id}/cancel", "GET /v1/responses/{response_id}/input_items",
-        "GET /admin/tree", "GET /admin/tree/events", "POST /admin/drain",
+        "GET /admin/tree", "GET /admin/tree/events", "POST /admin/drain", "GET /admin/shutdowns",
         "GET /healthz", "GET /readyz", "GET /metrics", "GET /openapi.json", "GET /docs", "GET /",
     }  # fmt: skip
 
