@@ -1,4 +1,4 @@
-"""A thread that hangs: steps of callers that have left hold nothing, the queue is bounded, and a late open is closed."""
+"""A thread that hangs: steps of callers that have left hold nothing, the queue is bounded, a late open is closed."""
 
 import gc
 import threading
