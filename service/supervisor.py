@@ -51,6 +51,7 @@ from service.models.retrying import RetryingClient
 from service.models.scripted import Script, open_scripted
 from service.models.upstreams import Upstreams
 from service.sessions.sessions import Sessions, open_sessions
+from service.sessions.turns.turn_metrics import count_recovered
 from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
 from service.sessions.upkeep.heartbeats import run_heartbeats
@@ -140,7 +141,7 @@ async def open_service(
     ):
         tree.add_source(sessions.describe)
         tree.add_source(partial(_describe_nursery, nursery))
-        await _recover(store, clock, settings)
+        await _recover(store, clock, settings, metrics)
         expiry = partial(
             run_expiry,
             store,
@@ -290,11 +291,12 @@ async def _run_until_lost(
     raise StoreLostError("Another process has taken this one for dead, and goes on with its turns.", retry_after_s=None)
 
 
-async def _recover(store: Store, clock: Clock, settings: Settings) -> None:
+async def _recover(store: Store, clock: Clock, settings: Settings, metrics: Metrics) -> None:
     try:
         with answered_within(settings.store_timeout_s) as deadline:
             recovered = await store.recover(now=clock(), after_step=deadline.restart)
     except StoreError as error:
         raise StartupError(f"The store {store.name} cannot be used: {error}") from error
+    count_recovered(metrics, recovered)
     if recovered:
         logger.info("turns of a crashed process ended as interrupted", turns=recovered)

@@ -65,6 +65,7 @@ from service.sessions.statistics import SessionsStatistics
 from service.sessions.titles import Titles
 from service.sessions.tree_notes import note_streams, note_turns
 from service.sessions.turns.turn import Turn, Watch
+from service.sessions.turns.turn_metrics import count_recovered
 from service.settings import Settings
 from service.steps import Steps
 from service.stop_state import Phase, StopState
@@ -136,6 +137,7 @@ class Sessions:
         tracing: "Tracing | None" = None,
     ) -> None:
         self._nursery = nursery
+        self._metrics = metrics
         self._store = store
         self._client_for = client_for
         self._clock = clock
@@ -944,10 +946,12 @@ class Sessions:
         """
         try:
             with self._answered_within() as deadline:
-                return await self._store.recover(now=self._clock(), after_step=deadline.restart)
+                recovered = await self._store.recover(now=self._clock(), after_step=deadline.restart)
         except StoreError as error:
             self.pending_writes.refusal = error
             raise
+        count_recovered(self._metrics, recovered)
+        return recovered
 
     async def adopt_waiting(self) -> None:
         """Adopt turns that have been suspended for a second, whose clients have not come back here or elsewhere.

@@ -72,6 +72,12 @@ class TurnMeter:
             self._metrics.add(families.TURNS_UNTOLD)
 
 
+def count_recovered(metrics: Metrics, turns: int) -> None:
+    """Count turns of processes that have died, which this one has ended."""
+    if turns:
+        metrics.add(families.TURNS, *_named(outcome.Interrupted("crash")), by=turns)
+
+
 def count_tokens(metrics: Metrics, upstream: str, model: str, usage: Usage | None) -> None:
     """Count the tokens of a reply."""
     if usage is not None:
