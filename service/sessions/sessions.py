@@ -16,8 +16,7 @@
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
-from datetime import timedelta
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -54,6 +53,7 @@ from service.sessions.active.drain import Drain
 from service.sessions.active.keyed_calls import KeyedCalls, gone_if_not_found
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.suspensions import Suspensions
+from service.sessions.active.sweep import Sweep
 from service.sessions.commands import ADDED_ITEMS_MAX, NewItems, NewSession, NewTurn, is_same_input
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
@@ -64,7 +64,7 @@ from service.sessions.messages import MessageRecord, Position, page_of_messages,
 from service.sessions.statistics import SessionsStatistics
 from service.sessions.titles import Titles
 from service.sessions.tree_notes import note_streams, note_turns
-from service.sessions.turns.turn import Turn, Watch
+from service.sessions.turns.turn import CLIENT_RETURNS_S, Turn, Watch
 from service.sessions.turns.turn_metrics import count_recovered
 from service.settings import Settings
 from service.steps import Steps
@@ -81,7 +81,7 @@ from service.storage.records import (
     TreeNode,
     TurnRecord,
 )
-from service.storage.rules import INSTEAD_OF_DELETING, has_settings, revision_of, with_added
+from service.storage.rules import INSTEAD_OF_DELETING, awaits_client, has_settings, revision_of, with_added
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import add_to_log_context
@@ -98,11 +98,11 @@ T = TypeVar("T")
 _ADOPTIONS_MAX = 3
 """How often a call looks for a suspended turn. Another process, or another call here, may adopt it meanwhile."""
 _ADOPTED_AT_ONCE = 100
-"""How many sessions with suspended turns one run of the recovery looks at."""
+"""The turns of so many sessions are adopted side by side, where no client asks for them."""
+_NEW_SUSPENDED_MAX = 1000
+"""How many sessions with suspended turns one run of the recovery finds beside those that it knows."""
 ADOPTION_PAUSE_S = 60.0
 """How long the recovery leaves a session alone whose adoption failed by a fault of this service."""
-SUSPENDED_S = 1.0
-"""How long a suspended turn waits for its client, which names the process that goes on with it."""
 PLACES_MAX_S = 1.0
 """How long an answer waits for the places of its turns, which the store knows."""
 FORKS_WAITING_MAX = 100
@@ -161,8 +161,7 @@ class Sessions:
         self.suspensions = Suspensions(store, clock=clock)
         self._stop = stop
         self._replays = Replays(store, store_timeout_s=settings.store_timeout_s)
-        self._set_aside: dict[str, float] = {}
-        """Until when the recovery adopts no turns of a session, because an adoption of them has failed."""
+        self._sweep = Sweep()
         self._forking = trio.Lock()
         self._keyed_calls = KeyedCalls(store, clock=clock, store_timeout_s=settings.store_timeout_s)
         self._titles = Titles(
@@ -656,7 +655,7 @@ class Sessions:
 
         Args:
             is_client: Whether the caller may be a client of the turn: if it was adopted, it waits some seconds for the
-                caller's next call.
+                caller's next call. A suspended turn that waits for its client is adopted.
 
         Raises:
             SessionNotFoundError, TurnNotFoundError
@@ -664,12 +663,19 @@ class Sessions:
         """
         self._check_not_deleted(session_id)
         turn = self._find_turn(session_id, turn_id)
-        if turn is not None:
-            if is_client:
-                turn.watch_as_asking().release(client_returns=True)
-            return turn.record()
-        with self._answered_within():
-            return await self._read_turn(session_id, turn_id, with_texts=with_texts)
+        if turn is None:
+            with self._answered_within():
+                record = await self._read_turn(session_id, turn_id, with_texts=with_texts)
+            if not (is_client and awaits_client(record)):
+                return record
+            with suppress(TurnLimitError, ShuttingDownError):  # another process goes on with it, or this one later
+                await self._acceptance.adopt(session_id)
+            turn = self._find_turn(session_id, turn_id)
+            if turn is None:
+                return record
+        if is_client:
+            turn.watch_as_asking().release(client_returns=True)
+        return turn.record()
 
     async def get_reply(self, session_id: str, turn_id: str) -> TurnRecord:
         """A turn without its input, which is not read.
@@ -854,10 +860,27 @@ class Sessions:
                 return turn
             try:
                 with self._answered_within():
+                    await self._refuse_if_open(session_id, turn_id)
                     return await read()
             except TurnsSuspendedError:
                 await self._acceptance.adopt(session_id)
         raise StoreError(f"Turn {turn_id!r} passes from process to process; try again.")
+
+    async def _refuse_if_open(self, session_id: str, turn_id: str) -> None:
+        """Find out by a short read whether a turn that is not open here is open at all.
+
+        After a stop hundreds of callers ask for such turns at once.
+
+        Raises:
+            OwnedElsewhereError, TurnsSuspendedError
+        """
+        found = await self._store.find_open_turn(session_id, turn_id)
+        if found is None:
+            return
+        if found.owner is not None:
+            raise OwnedElsewhereError(session_id, fence=found.owner.fence, address=found.owner.address)
+        if found.is_suspended:
+            raise TurnsSuspendedError(turn_id)
 
     async def _read_ended(self, session_id: str, turn_id: str, with_texts: bool = True) -> TurnRecord:
         """Read a turn that does not run in this process and has ended.
@@ -953,45 +976,55 @@ class Sessions:
         count_recovered(self._metrics, recovered)
         return recovered
 
-    async def adopt_waiting(self) -> None:
-        """Adopt turns that have been suspended for a second, whose clients have not come back here or elsewhere.
+    async def adopt_waiting(self) -> float | None:
+        """Adopt the suspended turns whose clients have not come back here or elsewhere.
+
+        A turn waits for :data:`SUSPENDED_S`, and a turn that is cancelled without clients for
+        :data:`~service.sessions.turns.turn.CLIENT_RETURNS_S`, or ``disconnect_grace_s`` if that is longer; then it is
+        cancelled. Both count from the moment at which this process sees the turn: no two clocks are compared, and a
+        client is not expected while no process serves.
 
         Adopts none in a stop, and none beyond ``live_turns_max``. A session whose adoption fails is set aside for
         :data:`ADOPTION_PAUSE_S`, and takes no other one's place meanwhile.
+
+        Returns when the next turn has waited for long enough, on Trio's clock; None if none waits.
 
         Raises:
             StoreError: The last refusal, if there was one.
         """
         if self._stop.phase is not Phase.SERVING:
-            return
-        now = trio.current_time()
-        self._set_aside = {session_id: until for session_id, until in self._set_aside.items() if until > now}
-        idle_since = self._clock() - timedelta(seconds=SUSPENDED_S)
+            return None
         with self._answered_within():
-            found = await self._store.list_suspended(
-                limit=_ADOPTED_AT_ONCE + len(self._set_aside), idle_since=idle_since
+            found = await self._store.list_suspended(limit=_NEW_SUSPENDED_MAX + self._sweep.known)
+        returns_within_s = max(self._settings.disconnect_grace_s, CLIENT_RETURNS_S)
+        due = self._sweep.due(found, now=trio.current_time(), returns_within_s=returns_within_s)
+        due = dict.fromkeys(self._acceptance.adoptions.unresolved, False) | due
+        refusals: list[StoreError] = []
+        for start in range(0, len(due), _ADOPTED_AT_ONCE):
+            async with trio.open_nursery() as nursery:  # for callers that wait, and not for work
+                for session_id, has_no_client in list(due.items())[start : start + _ADOPTED_AT_ONCE]:
+                    nursery.start_soon(partial(self._adopt_one, session_id, refusals, has_no_client=has_no_client))
+        if refusals:
+            raise refusals[-1]
+        return self._sweep.next_due_at
+
+    async def _adopt_one(self, session_id: str, refusals: list[StoreError], *, has_no_client: bool) -> None:
+        """Adopt the turns of a session, unless something is in the way that may pass."""
+        if self._sweep.is_set_aside(session_id):
+            return
+        try:
+            await self._acceptance.adopt(session_id, has_no_client=has_no_client)
+        except (OwnedElsewhereError, SessionNotFoundError, TurnLimitError, ShuttingDownError):
+            pass  # another process was first, or it is deleted; or this process takes no more
+        except StoreError as error:
+            refusals.append(error)
+        except Exception:
+            self._sweep.set_aside(session_id, until=trio.current_time() + ADOPTION_PAUSE_S)
+            logger.exception(
+                "the turns of a session were not adopted; the recovery tries again later",
+                session_id=session_id,
+                pause_s=ADOPTION_PAUSE_S,
             )
-        refusal: StoreError | None = None
-        for session_id in dict.fromkeys([*self._acceptance.unresolved_adoptions, *found]):
-            if session_id in self._set_aside:
-                continue
-            try:
-                await self._acceptance.adopt(session_id)
-            except (OwnedElsewhereError, SessionNotFoundError):
-                pass  # another process was first, or it is deleted
-            except (TurnLimitError, ShuttingDownError):
-                break
-            except StoreError as error:
-                refusal = error
-            except Exception:
-                self._set_aside[session_id] = now + ADOPTION_PAUSE_S
-                logger.exception(
-                    "the turns of a session were not adopted; the recovery tries again later",
-                    session_id=session_id,
-                    pause_s=ADOPTION_PAUSE_S,
-                )
-        if refusal is not None:
-            raise refusal
 
     def lose_turns(self) -> None:
         """Stop the work of all open turns, which are not this process's any more. No end of them is told."""

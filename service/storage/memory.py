@@ -55,7 +55,7 @@ from service.storage.page_cursor import (
 from service.storage.page_size import fitting, page_of_sessions
 from service.storage.pieces import Run, count, join, last_seq, pack, skip, split, text_of, unpack
 from service.storage.records import (
-    AdoptedTurn,
+    Adoption,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -64,6 +64,7 @@ from service.storage.records import (
     Item,
     LeftOut,
     Match,
+    OpenTurn,
     Owner,
     Page,
     Places,
@@ -71,6 +72,7 @@ from service.storage.records import (
     SessionRecord,
     SessionStatus,
     Siblings,
+    SuspendedSession,
     SuspendedTurn,
     TitleSource,
     TreeNode,
@@ -615,16 +617,20 @@ class MemoryStore:
 
     async def adopt_turns(
         self,
-        session_id: str,
+        session_ids: Sequence[str],
         *,
         now: datetime,  # noqa: ARG002
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
-    ) -> Sequence[AdoptedTurn]:
+        path_bytes_max: Callable[[TurnRecord], int | None] | None = None,  # noqa: ARG002
+    ) -> Mapping[str, Adoption]:
         await anyio.lowlevel.checkpoint()
+        return {it: self._adopt(it, continues, running) for it in session_ids}
+
+    def _adopt(self, session_id: str, continues: Callable[[TurnRecord], bool], running: Collection[str]) -> Adoption:
         session = self._sessions.get(session_id)
         if session is None or session.deleted:
-            return []
+            return Adoption()
         for turn in session.open_turns():
             if turn.is_suspended:
                 runs = join(run for page in turn.pages for run in unpack(page.runs))
@@ -634,14 +640,33 @@ class MemoryStore:
         session.suspended = 0
         self._suspended.pop(session_id, None)
         adopted = [turn.adopted for turn in session.open_turns()]
-        return [it for it in adopted if it is not None and it.turn.id not in running]
+        return Adoption(
+            session=session.record, turns=[it for it in adopted if it is not None and it.turn.id not in running]
+        )
 
-    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
+    async def list_suspended(self, *, limit: int) -> Sequence[SuspendedSession]:
         await anyio.lowlevel.checkpoint()
         found = (self._sessions[session_id] for session_id in self._suspended)
-        waiting = [it.record for it in found if it.is_suspended and not it.deleted]
-        waiting.sort(key=attrgetter("last_accessed_at", "id"))
-        return [it.id for it in waiting[:limit] if it.last_accessed_at <= idle_since]
+        waiting = sorted(
+            (it for it in found if it.is_suspended and not it.deleted),
+            key=lambda it: (it.record.last_accessed_at, it.record.id),
+        )
+        return [
+            SuspendedSession(
+                id=it.record.id,
+                awaits_client=all(turn.record.on_disconnect == "cancel" for turn in it.open_turns()),
+            )
+            for it in waiting[:limit]
+        ]
+
+    async def find_open_turn(self, session_id: str, turn_id: str) -> OpenTurn | None:
+        await anyio.lowlevel.checkpoint()
+        turn = self._find_turn(turn_id)
+        if turn is None or turn.record.session_id != session_id or not turn.record.is_open:
+            return None
+        if self._sessions[session_id].deleted:
+            return None
+        return OpenTurn(is_suspended=turn.is_suspended)
 
     async def get_turn(
         self,

@@ -505,10 +505,13 @@ class AdoptedTurn(msgspec.Struct, frozen=True, kw_only=True):
             event in ``runs``; the next event has the seq after it. ``usage`` is that of the earlier attempts.
         runs: The events of the turn that are kept; the texts of their pieces are those of ``turn.output``. Those of a
             running turn end with the resumption (:class:`~service.storage.pieces.Resumed`), which the store has kept.
+        path: The turns for its prompt, as :meth:`~service.storage.store.Store.begin_turn` returns them; None if they
+            were not read.
     """
 
     turn: TurnRecord
     runs: tuple[Run, ...]
+    path: Sequence[TurnRecord] | None = None
 
 
 class EndResult(Enum):
@@ -555,6 +558,43 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
 
     fence: int
     address: str | None
+
+
+class OpenTurn(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an open turn is.
+
+    Attributes:
+        owner: Another owner, which has open turns of the session, and may have died.
+        is_suspended: Whether the turn is nobody's, and may be adopted.
+    """
+
+    owner: Owner | None = None
+    is_suspended: bool = False
+
+
+class SuspendedSession(msgspec.Struct, frozen=True, kw_only=True):
+    """A session whose open turns are all suspended.
+
+    Attributes:
+        awaits_client: Whether all of them are cancelled without clients (``on_disconnect``).
+    """
+
+    id: str
+    awaits_client: bool
+
+
+class Adoption(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the adoption of a session's turns.
+
+    Attributes:
+        session: The session; None if it does not exist or is marked as deleted.
+        turns: The adopted turns, in the order of their acceptance.
+        owner: Another owner, which lives and has open turns of the session: then none was adopted.
+    """
+
+    session: SessionRecord | None = None
+    turns: Sequence[AdoptedTurn] = ()
+    owner: Owner | None = None
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):

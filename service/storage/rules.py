@@ -363,6 +363,11 @@ def is_handed_over(turn: TurnRecord) -> bool:
     return turn.on_interrupt != "fail" and (turn.state == "queued" or turn.attempt < HANDED_OVER_ATTEMPTS_MAX)
 
 
+def awaits_client(turn: TurnRecord) -> bool:
+    """Whether a turn that no process runs goes on only with a client."""
+    return turn.is_open and turn.on_interrupt != "fail" and turn.on_disconnect == "cancel"
+
+
 def seq_after_crash(attempt: int) -> int:
     """A seq that is higher than any that was sent up to the end of this attempt.
 

@@ -23,7 +23,7 @@ import msgspec
 from service.models.client import Usage
 from service.storage.pieces import Run
 from service.storage.records import (
-    AdoptedTurn,
+    Adoption,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -31,12 +31,14 @@ from service.storage.records import (
     IdempotencyKey,
     LeftOut,
     Match,
+    OpenTurn,
     Owner,
     Page,
     Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    SuspendedSession,
     SuspendedTurn,
     TitleSource,
     TreeNode,
@@ -490,39 +492,46 @@ class Store(Protocol):
 
     async def adopt_turns(
         self,
-        session_id: str,
+        session_ids: Sequence[str],
         *,
         now: datetime,
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
-    ) -> Sequence[AdoptedTurn]:
-        """Become the owner of a session's suspended turns, in the order of their acceptance.
+        path_bytes_max: Callable[[TurnRecord], int | None] | None = None,
+    ) -> Mapping[str, Adoption]:
+        """Become the owner of the suspended turns of sessions, in one step for all of them.
 
         The turns of an owner that is gone are recovered first, as by :meth:`recover`. For each running turn another
         attempt begins, in the same step: ``attempt`` grows, :func:`~service.storage.rules.resumed` chooses the mode,
         and the resumption is kept as the last event; in the mode ``retry`` the output and the events of the earlier
         attempts are dropped. A queued turn stays as it is. Of several owners at once one gets the turns.
 
-        Empty if there is nothing to adopt, also if the session does not exist or is marked as deleted. After a call
+        Returns an adoption for each session. Of several sessions those may be missing for which others would have to
+        wait: because another step has them now, because of their size, or because their owner has just died. Ask again
+        for each of these alone. An adoption has no turns if there is nothing to adopt. After a call
         that was cancelled or failed the turns may be this owner's already: the next call returns these, too, as they
         are, without another attempt.
 
         Args:
             continues: Whether the model of a turn can go on after the text so far. May be called in another thread, and
                 several times.
-            running: Those of this owner's open turns of the session that the caller knows. They are never returned.
-
-        Raises:
-            OwnedElsewhereError: Another owner, which lives, has open turns of this session.
+            running: Those of this owner's open turns of these sessions that the caller knows. They are never returned.
+            path_bytes_max: The bound on the prompt of a turn. With it running turns may come with their paths, from
+                stores for which that is less work than :meth:`read_path`. May be called in another thread.
         """
         ...
 
-    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
-        """Ids of the sessions whose turns were suspended at ``idle_since`` or before, and that were not used since.
+    async def list_suspended(self, *, limit: int) -> Sequence[SuspendedSession]:
+        """The sessions whose turns are suspended, but for those that are marked as deleted.
 
-        The one that waits longest comes first. A session that is marked as deleted is not among them. The cost depends
-        on the number of suspended turns.
+        The one that waits longest comes first, unless it was used since. The cost depends on the number of suspended
+        turns.
         """
+        ...
+
+    async def find_open_turn(self, session_id: str, turn_id: str) -> OpenTurn | None:
+        """Where a turn is, by one short read; None if it has ended, if there is no such turn, or if its session is
+        marked as deleted."""
         ...
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:

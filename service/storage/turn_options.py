@@ -69,6 +69,26 @@ def _may_resume(state: TurnState, options: bytes | str | None) -> bool:
     return bool(asked) and rules.may_resume(state, asked["on_interrupt"], asked["attempt"])
 
 
+TAIL_BYTES = 256
+"""The last bytes of the options of a turn that outlives its process: they have the fields after ``face``."""
+_ON_DISCONNECT = b'"on_disconnect":"'
+
+
+def awaits_client(tails: Iterable[bytes | str | None]) -> bool:
+    """Whether all of some suspended turns are cancelled without clients.
+
+    Args:
+        tails: The last bytes of their options, if they have some: the whole is as large as what a caller brings.
+    """
+    return not any(_runs_on(tail.encode() if isinstance(tail, str) else tail) for tail in tails if tail is not None)
+
+
+def _runs_on(tail: bytes) -> bool:
+    # Nothing that a caller has written follows this field, so its last name in the text is that of the field.
+    _, name, rest = tail.rpartition(_ON_DISCONNECT)
+    return bool(name) and rest.startswith(b'continue"')
+
+
 def options_of(json: bytes | str | None) -> dict[str, Any]:
     """The fields of a :class:`~service.storage.records.TurnRecord` that are in its options."""
     if json is None:

@@ -21,8 +21,9 @@ from service.models.client import (
 from service.sessions.events import outcome
 from service.sessions.events.event_log import Events
 from service.sessions.events.replay import Replay, Replays
-from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn import Turn, restored_log
 from service.settings import Settings
+from service.steps import at_once
 from service.storage.pieces import Run, count, last_seq, skip, text_of
 from service.storage.records import SEQ_AFTER_CRASH, EventsPage, TurnRecord
 from service.storage.rules import released, resumed
@@ -81,9 +82,9 @@ def adopted(turn: Turn, *, events: int, crashes: bool, continues: bool = True) -
     if crashes:
         record = released(record, record.output, ())
     it = resumed(record, kept, continues=continues)
-    return Turn(
-        it.turn, client=Puppet(), system_message=None, on_disconnect="continue", settings=Settings(), runs=it.runs
-    )
+    settings = Settings()
+    log = at_once(restored_log(it.turn, it.runs, bytes_max=settings.log_bytes_max))
+    return Turn(it.turn, client=Puppet(), system_message=None, on_disconnect="continue", settings=settings, log=log)
 
 
 def first_runs(runs: Sequence[Run], events: int) -> list[Run]:

@@ -31,7 +31,7 @@ from service.storage.records import FACE_BYTES_MAX, SEQ_AFTER_CRASH, Checkpoint,
 from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
 from service.supervisor import open_service
-from tests.storage.rows import a_session, said
+from tests.storage.rows import a_session, adopt, said
 from tests.storage.sqlite import file_exports
 from tests.storage.test_store_suspended import a_lasting_turn, so_far
 
@@ -164,7 +164,7 @@ async def have_two_attempts(store: Store, like: TurnRecord) -> None:
     runs = (Run(STARTED), *said("H", "el"))
     crashed = msgspec.structs.replace(turn, output=(item,), last_seq=2 * SEQ_AFTER_CRASH)
     await store.suspend_turns([SuspendedTurn(turn=crashed, runs=runs)], now=now)
-    (adopted,) = await store.adopt_turns("s", now=now, continues=lambda _: True)
+    (adopted,) = await adopt(store, "s", now=now)
     end = msgspec.structs.replace(
         adopted.turn,
         state="completed",

@@ -21,7 +21,7 @@ from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
 from service.storage.whole_store import Contents
 from tests.postgres_server import running
-from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
+from tests.storage.rows import T0, a_session, a_turn, adopt, at, contents, ended, said, suspended_in
 from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 from tests.storage.test_store_suspended import a_lasting_turn, so_far
@@ -97,7 +97,7 @@ async def fill_with_lasting_turns(store: Store) -> None:
             continue
         await store.suspend_turns([so_far(turn, "Hel", "lo \x00" * 20_000)], now=T0)
         if name == "resumed":
-            (adopted,) = await store.adopt_turns(session, now=T0, continues=lambda _: True)
+            (adopted,) = await adopt(store, session, now=T0)
             end = msgspec.structs.replace(ended(adopted.turn, text=adopted.turn.text + "!"), last_seq=6)
             await store.end_turn(end, runs=(*adopted.runs, *said("!")), now=T0, after=4)
     kept = a_checkpoint("dying", "Hel", session="waits")
@@ -150,10 +150,10 @@ async def test_a_copy_has_all_of_its_source_for_every_reader(
         expected = await seen(store)
     async with target.open() as store:
         assert await seen(store) == expected
-        assert list(await store.list_suspended(limit=9, idle_since=T0)) == ["lasts", "waits"]
-        (suspended,) = await store.adopt_turns("lasts", now=T0, continues=lambda _: True)
+        assert await suspended_in(store, limit=9) == ["lasts", "waits"]
+        (suspended,) = await adopt(store, "lasts", now=T0)
         assert suspended.runs[-1] == resumed_run(Resumed(4, 2, "continue", 80_003))
-        dying, queued = await store.adopt_turns("waits", now=T0, continues=lambda _: True)
+        dying, queued = await adopt(store, "waits", now=T0)
         assert (dying.turn.text, dying.turn.last_seq) == ("Hel", 2 * SEQ_AFTER_CRASH + 1)
         assert (queued.turn.state, queued.runs) == ("queued", ())
         newest = a_turn("new", "ann/s", parent="long", texts=["word"])

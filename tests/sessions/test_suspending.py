@@ -3,7 +3,7 @@
 Both processes are stages here, on one memory store.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -36,16 +36,18 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnResumed,
 )
-from service.sessions.sessions import ADOPTION_PAUSE_S, SUSPENDED_S
-from service.sessions.turns.turn import RETURN_S, Turn
+from service.sessions.sessions import ADOPTION_PAUSE_S
+from service.sessions.turns.turn import CLIENT_RETURNS_S, RETURN_S, Turn
 from service.sessions.upkeep.checkpoints import checkpoint_turns
+from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.pieces import Run
-from service.storage.records import AdoptedTurn, SessionRecord, SuspendedTurn
+from service.storage.records import Adoption, OpenTurn, SessionPatch, SuspendedTurn
 from service.storage.rules import HANDED_OVER_ATTEMPTS_MAX
 from service.storage.sqlite import open_sqlite_store
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
+from tests.storage.rows import suspended_in
 from tests.storage.test_store_owners import take_for_dead
 
 T = TypeVar("T")
@@ -60,6 +62,12 @@ async def suspend(stage: Stage) -> None:
     stage.sessions.drain.interrupt_all()
     with trio.fail_after(1000):
         await stage.sessions.drain.wait_idle()
+
+
+async def sweep(stage: Stage) -> None:
+    """Let the recovery adopt what has no client: it looks again and again, until no turn waits for its time."""
+    while (due_at := await stage.sessions.adopt_waiting()) is not None:  # noqa: ASYNC110  as the loop does
+        await trio.sleep_until(min(due_at, trio.current_time() + INTERVAL_S))
 
 
 @asynccontextmanager
@@ -88,6 +96,17 @@ async def suspended(store: MemoryStore, new: NewTurn = CONTINUES, *said: str, us
         reply.usage = usage
         await suspend(stage)
         assert turn.is_suspended
+        return turn.id
+
+
+async def suspended_with_client(store: MemoryStore) -> str:
+    """The id of a turn of session ``s`` that is cancelled without clients, and was suspended while it had one."""
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, watch = await stage.sessions.start_turn("s", NewTurn(text="Hi", on_interrupt="continue"))
+        await stage.puppet.next_reply()
+        await suspend(stage)
+        watch.release()
         return turn.id
 
 
@@ -291,8 +310,7 @@ async def test_a_turn_that_may_leave_nothing_out_and_give_no_title_may_not_in_an
     new = msgspec.structs.replace(CONTINUES, may_leave_out=False, may_title=False)
     turn_id = await suspended(store, new)
     async with open_next(store) as other:
-        other.clock.advance(SUSPENDED_S)
-        await other.sessions.adopt_waiting()
+        await sweep(other)
         [turn] = other.sessions.open_turns()
         assert (turn.id, turn.may_leave_out, turn.may_title) == (turn_id, False, False)
         (await other.puppet.next_reply()).finish()
@@ -344,11 +362,7 @@ async def test_the_last_attempt_is_interrupted_by_a_stop(autojump_clock: MockClo
     turn_id = await suspended(store)
     for attempt in range(2, HANDED_OVER_ATTEMPTS_MAX + 1):
         async with open_next(store) as stage:
-            stage.clock.advance((attempt - 2) * SUSPENDED_S)
-            await stage.sessions.adopt_waiting()
-            assert stage.sessions.open_turns() == []  # its client has a second to come back
-            stage.clock.advance(SUSPENDED_S)
-            await stage.sessions.adopt_waiting()
+            await sweep(stage)
             [turn] = stage.sessions.open_turns()
             assert turn.record().attempt == attempt
             await stage.puppet.next_reply()
@@ -369,28 +383,56 @@ async def test_the_sweeper_adopts_no_more_turns_than_may_live(autojump_clock: Mo
             await stage.sessions.start_turn(f"s{number}", CONTINUES)
         await suspend(stage)
     async with open_next(store, live_turns_max=2) as other:
-        other.clock.advance(SUSPENDED_S)
-        await other.sessions.adopt_waiting()
+        await sweep(other)
         assert len(other.sessions.open_turns()) == 2
 
 
 async def test_a_turn_whose_client_does_not_come_back_is_cancelled_if_it_is_to_be(autojump_clock: MockClock) -> None:
     store = MemoryStore()
-    new = NewTurn(text="Hi", on_interrupt="continue")
-    async with open_stage(store) as stage:
-        await stage.sessions.create_session(NewSession(id="s"))
-        turn, watch = await stage.sessions.start_turn("s", new)
-        await stage.puppet.next_reply()
-        await suspend(stage)
-        watch.release()
+    turn_id = await suspended_with_client(store)
     async with open_next(store) as other:
-        other.clock.advance(SUSPENDED_S)
-        await other.sessions.adopt_waiting()
         at = trio.current_time()
-        [adopted] = other.sessions.open_turns()
-        record = await adopted.wait_ended()
-        assert (record.id, record.state, record.reason) == (turn.id, "cancelled", "disconnected")
-        assert trio.current_time() - at == pytest.approx(RETURN_S)
+        await sweep(other)
+        assert trio.current_time() - at == pytest.approx(CLIENT_RETURNS_S)
+        record = await other.sessions.wait_turn("s", turn_id)
+        assert (record.state, record.reason) == ("cancelled", "disconnected")
+        assert trio.current_time() - at == pytest.approx(CLIENT_RETURNS_S), "its model is not asked any more"
+        assert other.puppet.asked == []
+
+
+@pytest.mark.parametrize("away_s", [4, 24])
+async def test_a_client_that_comes_back_seconds_after_the_next_start_finds_its_turn(
+    away_s: float, autojump_clock: MockClock
+) -> None:
+    """However long no process served: the time counts from the start of the one that does."""
+    store = MemoryStore()
+    turn_id = await suspended_with_client(store)
+    await trio.sleep(300)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        other.clock.advance(300)
+        await nursery.start(lambda task_status: run_recovery(other.sessions, shared=False, task_status=task_status))
+        await trio.sleep(away_s)
+        assert (other.sessions.open_turns(), other.puppet.asked) == ([], []), "it costs nothing meanwhile"
+        log, watch = await other.sessions.open_events("s", turn_id)
+        with watch:
+            (await other.puppet.next_reply()).finish()
+            assert kinds(await read_all(log))[-1] == "turn.completed"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_change_of_the_session_and_another_clock_do_not_put_the_recovery_off(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        other.clock.advance(-3600)  # another machine's clock
+        await nursery.start(lambda task_status: run_recovery(other.sessions, shared=False, task_status=task_status))
+        for _ in range(8):
+            await other.sessions.update_session("s", SessionPatch(title="new"))
+            await trio.sleep(0.5)
+        assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_adopted_turn_is_kept_running_by_a_call_that_waits_only_if_its_caller_may_be_a_client(
@@ -398,20 +440,15 @@ async def test_an_adopted_turn_is_kept_running_by_a_call_that_waits_only_if_its_
 ) -> None:
     for is_client in (True, False):
         store = MemoryStore()
-        async with open_stage(store) as stage:
-            await stage.sessions.create_session(NewSession(id="s"))
-            turn, watch = await stage.sessions.start_turn("s", NewTurn(text="Hi", on_interrupt="continue"))
-            await stage.puppet.next_reply()
-            await suspend(stage)
-            watch.release()
+        turn_id = await suspended_with_client(store)
         async with open_next(store) as other:
             at = trio.current_time()
             with trio.move_on_after(3 * RETURN_S):
-                await other.sessions.wait_turn("s", turn.id, is_client=is_client)
-            await other.sessions.get_turn("s", turn.id, is_client=is_client)
-            record = await other.sessions.wait_turn("s", turn.id)
+                await other.sessions.wait_turn("s", turn_id, is_client=is_client)
+            await other.sessions.get_turn("s", turn_id, is_client=is_client)
+            record = await other.sessions.wait_turn("s", turn_id)
             assert (record.state, record.reason) == ("cancelled", "disconnected")
-            assert trio.current_time() - at == pytest.approx(4 * RETURN_S if is_client else RETURN_S)
+            assert trio.current_time() - at == pytest.approx(4 * RETURN_S if is_client else CLIENT_RETURNS_S)
 
 
 async def test_a_turn_whose_client_comes_back_runs_on_with_it(autojump_clock: MockClock) -> None:
@@ -491,6 +528,7 @@ async def test_a_new_turn_adopts_the_suspended_one_and_meets_it_as_the_conflict_
             if on_conflict == "queue":
                 assert turn.state == "queued"
                 reply.finish()
+            while reply.request.prompt[-1].text != "And?":  # the adopted turn may have asked before it was superseded
                 reply = await other.puppet.next_reply()
             reply.finish()
             assert (await turn.wait_ended()).state == "completed"
@@ -550,8 +588,7 @@ async def test_a_session_with_a_suspended_turn_is_deleted_without_an_adoption(au
         await other.sessions.delete_session("s")
         with pytest.raises(SessionNotFoundError):
             await other.sessions.open_events("s", turn_id)
-        other.clock.advance(SUSPENDED_S)
-        await other.sessions.adopt_waiting()
+        await sweep(other)
         assert other.puppet.asked == []
 
 
@@ -561,7 +598,7 @@ async def test_a_session_with_a_suspended_turn_does_not_expire(autojump_clock: M
     async with open_next(store, turn_timeout_s=10**6) as other:
         other.clock.advance(10**5)
         assert await store.delete_expired(now=other.clock(), limit=10) == 0
-        await other.sessions.adopt_waiting()
+        await sweep(other)
         assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
 
 
@@ -602,11 +639,11 @@ class Trouble(MemoryStore):
     async def suspend_turns(self, turns: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
         return await self._meet("suspend_turns", partial(super().suspend_turns, turns, now=now))
 
-    async def adopt_turns(self, session_id: str, **rest: Any) -> Sequence[AdoptedTurn]:
-        return await self._meet("adopt_turns", partial(super().adopt_turns, session_id, **rest))
+    async def adopt_turns(self, session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
+        return await self._meet("adopt_turns", partial(super().adopt_turns, session_ids, **rest))
 
-    async def get_session(self, session_id: str, **rest: Any) -> SessionRecord:
-        return await self._meet("get_session", partial(super().get_session, session_id, **rest))
+    async def find_open_turn(self, *names: str) -> OpenTurn | None:
+        return await self._meet("find_open_turn", partial(super().find_open_turn, *names))
 
 
 @pytest.mark.parametrize("refuses", [True, False])
@@ -668,7 +705,7 @@ async def test_a_model_client_that_does_not_let_go_is_not_waited_for(autojump_cl
 
 
 @pytest.mark.parametrize("is_done_first", [True, False])
-@pytest.mark.parametrize("at", ["get_session", "adopt_turns"])
+@pytest.mark.parametrize("at", ["find_open_turn", "adopt_turns"])
 async def test_a_cancelled_adoption_leaves_no_turn_behind_that_no_process_runs(
     at: str, is_done_first: bool, autojump_clock: MockClock
 ) -> None:
@@ -689,9 +726,9 @@ async def test_a_cancelled_adoption_leaves_no_turn_behind_that_no_process_runs(
             await wait_all_tasks_blocked()
             store.goes_on.set()
         store.at = ""
-        if at == "get_session":
+        if at == "find_open_turn":
             assert other.sessions.open_turns() == []
-            assert await store.list_suspended(limit=9, idle_since=other.clock()) == ["s"]
+            assert await suspended_in(store, limit=9) == ["s"]
         else:
             assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
             await other.puppet.next_reply()
@@ -706,7 +743,7 @@ async def test_an_adoption_without_an_answer_is_asked_again_and_is_one_attempt(a
             await other.sessions.open_events("s", turn_id)
         assert other.sessions.open_turns() == []
         store.at = ""
-        await other.sessions.adopt_waiting()
+        await other.sessions.adopt_waiting()  # at once: the turn may be this process's already
         [turn] = other.sessions.open_turns()
         assert (turn.id, turn.record().attempt) == (turn_id, 2)
         (await other.puppet.next_reply()).finish()
@@ -725,7 +762,7 @@ async def test_a_stop_that_begins_during_an_adoption_suspends_the_turn_again(aut
         await wait_all_tasks_blocked()
         store.goes_on.set()
         await wait_all_tasks_blocked()
-        assert await store.list_suspended(limit=9, idle_since=other.clock()) == ["s"]
+        assert await suspended_in(store, limit=9) == ["s"]
         assert other.puppet.asked == []
     async with open_next(store) as third:
         log, watch = await third.sessions.open_events("s", turn_id)
@@ -769,8 +806,9 @@ async def test_a_turn_whose_model_no_upstream_has_any_more_fails(autojump_clock:
             return puppet
 
         turn = await sessions.get_turn("s", turn_id)
-        sessions._acceptance._client_for = client_for
-        sessions._acceptance._settings = sessions._settings.model_copy(update={"model": "other"})
+        adoptions = sessions._acceptance.adoptions
+        adoptions._client_for = client_for
+        adoptions._settings = sessions._settings.model_copy(update={"model": "other"})
         record = await sessions.wait_turn("s", turn_id)
         assert record.error is not None
         assert (record.state, record.error.code) == ("failed", "model_not_found")
@@ -899,6 +937,99 @@ async def test_a_queued_turn_that_another_process_has_does_not_start_and_ends_th
                 assert (await store.get_turn("s", turn.id, now=stage.clock())).state == "queued"
 
 
+# Many at once
+
+
+class Noting(MemoryStore):
+    """Notes which sessions are adopted together, and may leave some out unless they are alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[str]] = []
+        self.leaves_out: set[str] = set()
+        self.refusals = 0
+
+    async def adopt_turns(self, session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
+        self.asked.append([*session_ids])
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreError("The store refuses.")
+        taken = [it for it in session_ids if it not in self.leaves_out or len(session_ids) == 1]
+        return await super().adopt_turns(taken, **rest)
+
+
+async def test_the_turns_of_many_clients_that_come_at_once_are_adopted_by_few_steps_of_the_store(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr("service.sessions.active.adoptions._AT_ONCE", 8)
+    store = Noting()
+    ids = [f"s{number}" for number in range(20)]
+    await suspended_sessions(store, *ids)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        turns = {(await store.list_turns(it, limit=1, after=None, now=other.clock())).data[0].id: it for it in ids}
+        for turn_id, session_id in turns.items():
+            nursery.start_soon(other.sessions.open_events, session_id, turn_id)
+        for _ in ids:
+            (await other.puppet.next_reply()).finish()
+        assert sorted(map(len, store.asked)) == [4, 8, 8]
+        for turn_id, session_id in turns.items():
+            record = await other.sessions.wait_turn(session_id, turn_id)
+            assert (record.state, record.text, record.attempt) == ("completed", "Hello", 2)
+
+
+async def test_a_session_that_a_step_leaves_out_has_a_step_of_its_own(autojump_clock: MockClock) -> None:
+    store = Noting()
+    store.leaves_out = {"b"}
+    await suspended_sessions(store, "a", "b", "c")
+    async with open_next(store) as other:
+        await sweep(other)
+        assert sorted(turn.session_id for turn in other.sessions.open_turns()) == ["a", "b", "c"]
+        assert [sorted(it) for it in store.asked] == [["a", "b", "c"], ["b"]]
+
+
+async def test_sessions_that_a_store_has_refused_together_are_asked_for_alone(autojump_clock: MockClock) -> None:
+    """One of them may be the cause, and the others need not suffer for it."""
+    store = Noting()
+    store.refusals = 1
+    await suspended_sessions(store, "a", "b")
+    async with open_next(store) as other:
+        with pytest.raises(StoreError):
+            await sweep(other)
+        assert other.sessions.open_turns() == []
+        await other.sessions.adopt_waiting()
+        assert sorted(turn.session_id for turn in other.sessions.open_turns()) == ["a", "b"]
+        assert sorted(map(sorted, store.asked)) == [["a"], ["a", "b"], ["b"]]
+
+
+async def test_a_caller_that_waits_no_longer_leaves_its_turn_to_the_next_one(autojump_clock: MockClock) -> None:
+    """The store answers late: by then the session's turns may be known to this process as another object."""
+    store = Trouble()
+    turn_id = await suspended(store)
+    async with open_next(store, store_timeout_s=5) as other, trio.open_nursery() as nursery:
+        store.at = "adopt_turns"
+        late: list[StoreError] = []
+
+        async def call() -> None:
+            try:
+                await other.sessions._acceptance.adopt("s")
+            except StoreError as error:
+                late.append(error)
+
+        async with trio.open_nursery() as callers:
+            callers.start_soon(call)
+            await trio.sleep(4)
+            callers.start_soon(call)  # waits for the first one, which has half of its time
+        assert len(late) == 2
+        store.at = ""
+        log, watch = await other.sessions.open_events("s", turn_id)
+        with watch:
+            [turn] = other.sessions.open_turns()
+            assert (turn.log is log, turn.record().attempt) == (True, 2)
+            (await other.puppet.next_reply()).finish()
+            assert isinstance((await read_all(log))[-1], TurnCompleted)
+        nursery.cancel_scope.cancel()
+
+
 # Where an adoption fails by a fault of this service
 
 
@@ -919,38 +1050,39 @@ class Poisoned(MemoryStore):
     def __init__(self, *poisoned: str) -> None:
         super().__init__()
         self.poisoned = {*poisoned}
-        self.asked: list[str] = []
+        self.asked: list[list[str]] = []
 
-    async def adopt_turns(self, session_id: str, **rest: Any) -> Sequence[AdoptedTurn]:
-        self.asked.append(session_id)
-        if session_id in self.poisoned:
+    async def adopt_turns(self, session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
+        self.asked.append([*session_ids])
+        if self.poisoned & {*session_ids}:
             raise RuntimeError("a row that cannot be decoded")
-        return await super().adopt_turns(session_id, **rest)
+        return await super().adopt_turns(session_ids, **rest)
 
 
+@pytest.mark.parametrize("at_once", [1, 100])
 async def test_a_session_whose_adoption_fails_keeps_no_other_from_being_adopted(
-    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+    at_once: int, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
-    monkeypatch.setattr("service.sessions.sessions._ADOPTED_AT_ONCE", 1)
+    monkeypatch.setattr("service.sessions.sessions._ADOPTED_AT_ONCE", at_once)
     store = Poisoned("a", "b")
     await suspended_sessions(store, "a", "b", "c", "d")
     async with open_next(store) as other:
-        other.clock.advance(SUSPENDED_S)
         with capture_logs() as lines:
-            for _ in range(4):
-                await other.sessions.adopt_waiting()
-        assert [turn.session_id for turn in other.sessions.open_turns()] == ["c", "d"]
-        assert store.asked == ["a", "b", "c", "d"]
+            await sweep(other)
+            await other.sessions.adopt_waiting()
+        assert sorted(turn.session_id for turn in other.sessions.open_turns()) == ["c", "d"]
+        alone = [["a"], ["b"], ["c"], ["d"]]
+        together = [] if at_once == 1 else [["a", "b", "c", "d"]]
+        assert sorted(map(sorted, store.asked)) == sorted([*together, *alone])
         failed = [line["session_id"] for line in lines if line["log_level"] == "error"]
-        assert failed == ["a", "b"]
+        assert sorted(failed) == ["a", "b"]
 
 
 async def test_a_session_whose_adoption_failed_is_tried_again_later(autojump_clock: MockClock) -> None:
     store = Poisoned("a")
     await suspended_sessions(store, "a")
     async with open_next(store) as other:
-        other.clock.advance(SUSPENDED_S)
-        await other.sessions.adopt_waiting()
+        await sweep(other)
         store.poisoned.clear()
         await trio.sleep(ADOPTION_PAUSE_S - 1)
         await other.sessions.adopt_waiting()
@@ -964,13 +1096,13 @@ async def test_a_deleted_session_is_not_adopted_for_ever(autojump_clock: MockClo
     store = Poisoned("a")
     await suspended_sessions(store, "a")
     async with open_next(store) as other:
-        other.clock.advance(SUSPENDED_S)
-        await other.sessions.adopt_waiting()
-        assert [*other.sessions._acceptance.unresolved_adoptions] == ["a"]
+        await sweep(other)
+        assert [*other.sessions._acceptance.adoptions.unresolved] == ["a"]
         await other.sessions.delete_session("a")
+        store.poisoned.clear()  # with its rows
         await trio.sleep(ADOPTION_PAUSE_S)
         await other.sessions.adopt_waiting()
-        assert [*other.sessions._acceptance.unresolved_adoptions] == []
+        assert [*other.sessions._acceptance.adoptions.unresolved] == []
 
 
 async def test_a_model_client_that_fails_over_the_text_so_far_has_the_reply_begin_anew(
@@ -1012,19 +1144,19 @@ async def test_an_adopted_turn_that_cannot_be_restored_fails_once_and_the_others
                 await suspend(stage)
             adopt_turns = store.adopt_turns
 
-            async def adopt_unfit(session_id: str, **rest: Any) -> list[AdoptedTurn]:
-                adopted = [*await adopt_turns(session_id, **rest)]
+            async def adopt_unfit(session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
+                adoptions = await adopt_turns(session_ids, **rest)
+                adopted = [*adoptions["s"].turns]
                 if adopted:
                     adopted[unfit] = msgspec.structs.replace(adopted[unfit], runs=(Run(7, b"\x05"),))
-                return adopted
+                return {"s": msgspec.structs.replace(adoptions["s"], turns=adopted)}
 
             store.adopt_turns = adopt_unfit
             async with open_next(store) as other:
-                other.clock.advance(SUSPENDED_S)
                 with capture_logs() as lines:
-                    await other.sessions.adopt_waiting()
+                    await sweep(other)
                 assert [line["turn_id"] for line in lines if line["log_level"] == "error"] == [ids[unfit]]
-                assert [*other.sessions._acceptance.unresolved_adoptions] == []
+                assert [*other.sessions._acceptance.adoptions.unresolved] == []
                 assert [turn.id for turn in other.sessions.open_turns()] == ids
                 (await other.puppet.next_reply()).finish()
                 failed = await other.sessions.wait_turn("s", ids[unfit])

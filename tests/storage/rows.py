@@ -1,14 +1,15 @@
 """Sessions and turns for a store, and functions that read all of its contents."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
+from service.errors import OwnedElsewhereError
 from service.models.client import Usage
 from service.storage.pieces import Run, last_seq, run_of
-from service.storage.records import EndState, Item, Page, SessionRecord, TurnRecord, TurnState
+from service.storage.records import AdoptedTurn, EndState, Item, Page, SessionRecord, TurnRecord, TurnState
 from service.storage.store import PAGE_LENGTH_MAX, Store
 
 T0 = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -135,3 +136,17 @@ async def contents(store: Store, *, now: datetime) -> Contents:
             [(turn, await told(store, session.id, turn.id)) for turn in turns],
         )
     return found
+
+
+async def adopt(store: Store, session_id: str = "s", **options: Any) -> Sequence[AdoptedTurn]:
+    """Adopt the turns of one session, whose model can continue. Raises: OwnedElsewhereError."""
+    options = {"now": at(5), "continues": lambda _: True, **options}
+    adoption = (await store.adopt_turns([session_id], **options))[session_id]
+    if adoption.owner is not None:
+        raise OwnedElsewhereError(session_id, fence=adoption.owner.fence, address=adoption.owner.address)
+    return adoption.turns
+
+
+async def suspended_in(store: Store, *, limit: int = 100) -> list[str]:
+    """The sessions whose turns are suspended, in the order of their listing."""
+    return [it.id for it in await store.list_suspended(limit=limit)]

@@ -17,7 +17,7 @@ from service.storage.sqlite import forks as sqlite_forks
 from service.storage.sqlite import tree_changes
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, at, contents, ended, said, told
+from tests.storage.rows import IDLE_TIMEOUT_S, T0, Contents, a_session, a_turn, adopt, at, contents, ended, said, told
 from tests.storage.test_store_added_turns import a_beginning, an_added_turn
 from tests.storage.test_store_suspended import a_lasting_turn, so_far
 
@@ -148,7 +148,7 @@ STEPS: dict[str, Callable[[Store], Awaitable[object]]] = {
         [so_far(a_turn("t"), "Hel", "lo"), SuspendedTurn(turn=a_turn("queued", state="queued", parent="t"), runs=())],
         now=NOW,
     ),
-    "adopt": lambda store: store.adopt_turns("waits", now=NOW, continues=lambda turn: turn.id == "w1"),
+    "adopt": lambda store: adopt(store, "waits", now=NOW, continues=lambda turn: turn.id == "w1"),
     "recover": lambda store: store.recover(now=NOW),
 }
 

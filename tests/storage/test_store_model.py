@@ -47,7 +47,7 @@ from service.storage.sqlite import maintenance, open_sqlite_store
 from service.storage.store import Store
 from tests.postgres_server import PostgresServer
 from tests.storage.conftest import IN_PROCESS, MEMORY_DISK, ON_A_SERVER, OpenStore
-from tests.storage.rows import a_session, a_turn, all_turns, at, ended, said, told
+from tests.storage.rows import a_session, a_turn, adopt, all_turns, at, ended, said, told
 from tests.storage.test_store_added_turns import an_added_turn
 
 # Each example opens a store of its own; the fixture only provides the function that opens it.
@@ -670,7 +670,7 @@ class History:
             return begun.session
         if isinstance(step, Suspend):
             return set(await self.store.suspend_turns(self._asked, now=self.now))
-        return list(await self.store.adopt_turns(step.session_id, now=self.now, continues=lambda _: True))
+        return list(await adopt(self.store, step.session_id, now=self.now))
 
     def _edit_in_model(self, step: Add | DeleteTurns | DeleteTurn | DeleteItem) -> object:
         if isinstance(step, Add):
@@ -857,8 +857,15 @@ class History:
                 assert list(children.data) == [turn for turn in turns if turn.parent == parent]
         waiting = [it for it in model.sessions.values() if model.is_nobodys(it) and it.id not in model.marked]
         waiting.sort(key=lambda session: (session.last_accessed_at, session.id))
-        listed = await store.list_suspended(limit=2, idle_since=now)
-        assert list(listed) == [it.id for it in waiting if it.last_accessed_at <= now][:2]
+        listed = await store.list_suspended(limit=2)
+        assert [(it.id, it.awaits_client) for it in listed] == [
+            (it.id, all(turn.on_disconnect == "cancel" for turn in model.open_turns(it.id))) for it in waiting[:2]
+        ]
+        for turn in self.begun:
+            found = await store.find_open_turn(turn.session_id, turn.id)
+            is_open = turn.id in model.turns and model.turns[turn.id].is_open and turn.session_id not in model.marked
+            assert (found is not None) == is_open
+            assert found is None or (found.owner, found.is_suspended) == (None, turn.id in model.suspended)
         for turn in self.begun:
             kept = turn.id in model.turns
             assert await told(store, turn.session_id, turn.id) == model.events.get(turn.id, [])

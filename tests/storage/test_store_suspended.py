@@ -22,18 +22,32 @@ from service.storage.pieces import CALL, QUEUED, STARTED, Resumed, Run, last_seq
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     AdoptedTurn,
+    Adoption,
     EndResult,
     IdempotencyKey,
     Item,
     LeftOut,
     OnInterrupt,
+    OpenTurn,
     SessionPatch,
     SuspendedTurn,
     TurnRecord,
 )
 from service.storage.store import Store
 from tests.storage.conftest import OpenStore
-from tests.storage.rows import IDLE_TIMEOUT_S, T0, a_session, a_turn, at, contents, ended, said, told
+from tests.storage.rows import (
+    IDLE_TIMEOUT_S,
+    T0,
+    a_session,
+    a_turn,
+    adopt,
+    at,
+    contents,
+    ended,
+    said,
+    suspended_in,
+    told,
+)
 from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint, take_for_dead
 
@@ -71,10 +85,6 @@ async def _suspended(store: Store, *texts: str, **changes: Any) -> SuspendedTurn
     it = so_far(turn, *texts)
     assert list(await store.suspend_turns([it], now=at(1))) == []
     return it
-
-
-async def _adopt(store: Store, session_id: str = "s", **options: Any) -> Sequence[AdoptedTurn]:
-    return await store.adopt_turns(session_id, now=at(5), **({"continues": YES} | options))
 
 
 # Suspended
@@ -144,7 +154,7 @@ async def test_a_long_reply_and_any_text_are_kept(store: Store) -> None:
     it = await _suspended(store, *texts)
     assert await store.get_turn("s", "t", now=T0) == it.turn
     assert await told(store, "s", "t", length_max=50_000) == texts
-    (adopted,) = await _adopt(store)
+    (adopted,) = await adopt(store)
     assert adopted.turn.output == it.turn.output
     assert adopted.runs == (*it.runs, resumed_run(Resumed(8, 2, "continue", len("".join(texts)))))
 
@@ -158,7 +168,7 @@ async def test_a_reply_of_many_megabytes_is_suspended_adopted_and_ended(store: S
     it = so_far(turn, *texts, after=4)
     assert list(await store.suspend_turns([it], now=T0)) == []
     assert await told(store, "s", "t") == texts
-    (adopted,) = await _adopt(store)
+    (adopted,) = await adopt(store)
     assert adopted.turn.output == it.turn.output
     end = ended(adopted.turn, text="".join(texts) + "!")
     runs = (*adopted.runs, *said("!"))
@@ -183,7 +193,7 @@ async def test_no_turn_begins_before_the_suspended_ones_are_adopted(store: Store
     with pytest.raises(TurnNotFoundError):
         await store.begin_turn(a_turn("next", parent="never"), now=at(2))
     assert await contents(store, now=T0) == before
-    await _adopt(store)
+    await adopt(store)
     assert (await store.begin_turn(a_turn("next", parent="t"), now=at(6))).session.open_turns == 2
 
 
@@ -227,7 +237,7 @@ async def test_what_is_open_refuses_changes_and_the_rest_of_the_session_takes_th
     await store.delete_item("s", "side-out", now=at(2))
     await store.delete_turn("s", "side", now=at(2))
     await store.delete_turns("s", "added", now=at(2))
-    assert [it.turn.id for it in await _adopt(store)] == ["t"]
+    assert [it.turn.id for it in await adopt(store)] == ["t"]
 
 
 async def test_a_session_with_suspended_turns_does_not_expire(store: Store) -> None:
@@ -235,16 +245,16 @@ async def test_a_session_with_suspended_turns_does_not_expire(store: Store) -> N
     late = at(10 * IDLE_TIMEOUT_S)
     assert await store.delete_expired(now=late, limit=10) == 0
     assert (await store.get_session("s", now=late)).open_turns == 1
-    assert list(await store.list_suspended(limit=10, idle_since=late)) == ["s"]
+    assert await suspended_in(store, limit=10) == ["s"]
 
 
 async def test_a_session_is_deleted_with_its_suspended_turns(store: Store) -> None:
     await _suspended(store, "Hello")
     await store.mark_deleted("s", now=T0)
-    assert list(await _adopt(store)) == []
-    assert list(await store.list_suspended(limit=10, idle_since=at(9))) == []
+    assert list(await adopt(store)) == []
+    assert await suspended_in(store, limit=10) == []
     await store.remove_deleted("s")
-    assert list(await _adopt(store)) == []
+    assert list(await adopt(store)) == []
     assert await store.find_session_of("t") is None
     await store.create_session(a_session(), now=T0)
     assert await told(store, "s", "t") == []
@@ -257,11 +267,11 @@ async def test_the_sessions_that_wait_longest_are_listed_first(store: Store) -> 
     await begin(store, *turns)
     for moment, n in enumerate((2, 0, 3, 1)):
         await store.suspend_turns([so_far(turns[n])], now=at(moment))
-    assert list(await store.list_suspended(limit=10, idle_since=at(2))) == ["s2", "s0", "s3"]
-    assert list(await store.list_suspended(limit=2, idle_since=at(9))) == ["s2", "s0"]
-    await _adopt(store, "s2")
+    assert await suspended_in(store, limit=10) == ["s2", "s0", "s3", "s1"]
+    assert await suspended_in(store, limit=2) == ["s2", "s0"]
+    await adopt(store, "s2")
     await store.mark_deleted("s0", now=T0)
-    assert list(await store.list_suspended(limit=2, idle_since=at(9))) == ["s3", "s1"]
+    assert await suspended_in(store, limit=2) == ["s3", "s1"]
 
 
 # Adopted
@@ -269,7 +279,7 @@ async def test_the_sessions_that_wait_longest_are_listed_first(store: Store) -> 
 
 async def test_a_turn_that_continues_keeps_its_reply_and_its_events(store: Store) -> None:
     it = await _suspended(store, "Hel", "lo", usage=Usage(input_tokens=3, output_tokens=2), attempt=1)
-    (adopted,) = await _adopt(store, continues=lambda turn: turn == it.turn)
+    (adopted,) = await adopt(store, continues=lambda turn: turn == it.turn)
     resumption = resumed_run(Resumed(4, 2, "continue", 5))
     assert adopted.turn == msgspec.structs.replace(it.turn, attempt=2, last_seq=4)
     assert adopted.runs == (*it.runs, resumption)
@@ -301,7 +311,7 @@ async def test_a_turn_that_begins_anew_has_only_its_beginning(
     turn = a_lasting_turn(on_interrupt=on_interrupt)
     await begin(store, turn)
     await store.suspend_turns([so_far(turn, "Hel", "lo", runs=(Run(QUEUED), Run(STARTED)))], now=T0)
-    (adopted,) = await _adopt(store, continues=lambda _: continues)
+    (adopted,) = await adopt(store, continues=lambda _: continues)
     resumption = resumed_run(Resumed(5, 2, "retry", 0))
     assert adopted.turn == msgspec.structs.replace(turn, attempt=2, last_seq=5)
     assert adopted.runs == (Run(QUEUED), Run(STARTED), resumption)
@@ -344,7 +354,7 @@ async def test_only_a_text_is_continued(store: Store, output: tuple[Item, ...], 
     seq = last_seq(runs)
     suspended = msgspec.structs.replace(turn, output=output, last_seq=seq)
     await store.suspend_turns([SuspendedTurn(turn=suspended, runs=tuple(runs))], now=T0)
-    (adopted,) = await _adopt(store)
+    (adopted,) = await adopt(store)
     length = 2 if mode == "continue" else 0
     assert adopted.runs[-1] == resumed_run(Resumed(seq + 1, 2, mode, length))  # type: ignore[arg-type]
     assert adopted.turn.output == (output if mode == "continue" else ())
@@ -360,7 +370,7 @@ async def test_a_turn_that_was_suspended_while_its_start_was_on_its_way_is_resum
         assert list(await store.suspend_turns([it], now=at(1))) == []
         assert not await store.start_turn("t", now=at(2)), "the start arrives late"
         assert await store.get_turn("s", "t", now=at(2)) == it.turn
-    (adopted,) = await _adopt(store)
+    (adopted,) = await adopt(store)
     assert adopted.turn == msgspec.structs.replace(started, attempt=2, last_seq=3)
     assert adopted.runs == (Run(QUEUED), Run(STARTED), resumed_run(Resumed(3, 2, "retry", 0)))
     assert await store.get_turn("s", "t", now=at(5)) == adopted.turn
@@ -371,7 +381,7 @@ async def test_a_queued_turn_stays_as_it_is(store: Store) -> None:
     await begin(store, running, queued)
     waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
     assert list(await store.suspend_turns([waiting, so_far(running, "Hi")], now=T0)) == []
-    first, second = await _adopt(store)
+    first, second = await adopt(store)
     assert (first.turn.id, second) == ("t", AdoptedTurn(turn=waiting.turn, runs=(Run(QUEUED),)))
     assert await store.start_turn("q", now=at(6))
     kept = await store.get_turn("s", "q", now=at(6))
@@ -380,7 +390,7 @@ async def test_a_queued_turn_stays_as_it_is(store: Store) -> None:
 
 async def test_an_adopted_turn_is_suspended_and_adopted_again(store: Store) -> None:
     it = await _suspended(store, "Hel", "lo")
-    (second,) = await _adopt(store)
+    (second,) = await adopt(store)
     more = SuspendedTurn(
         turn=msgspec.structs.replace(
             second.turn, output=(msgspec.structs.replace(second.turn.output[0], text="Hello, you"),), last_seq=5
@@ -390,11 +400,11 @@ async def test_an_adopted_turn_is_suspended_and_adopted_again(store: Store) -> N
     )
     assert list(await store.suspend_turns([more], now=at(6))) == []
     assert await store.get_turn("s", "t", now=T0) == more.turn
-    (third,) = await _adopt(store)
+    (third,) = await adopt(store)
     assert third.runs == (*it.runs, second.runs[-1], *said(", you"), resumed_run(Resumed(6, 3, "continue", 10)))
     assert (third.turn.text, third.turn.attempt) == ("Hello, you", 3)
     assert list(await store.suspend_turns([SuspendedTurn(turn=third.turn, runs=third.runs)], now=at(6))) == []
-    (fourth,) = await _adopt(store, continues=NO)
+    (fourth,) = await adopt(store, continues=NO)
     assert fourth.runs == (Run(STARTED), resumed_run(Resumed(7, 4, "retry", 0)))
 
 
@@ -403,18 +413,18 @@ async def test_an_adoption_whose_answer_was_lost_is_told_again(store: Store) -> 
     await begin(store, a_lasting_turn(), queued)
     waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
     await store.suspend_turns([so_far(a_lasting_turn(), "Hi"), waiting], now=T0)
-    adopted = list(await _adopt(store))
-    assert list(await _adopt(store)) == adopted
-    assert list(await _adopt(store, running={"t"})) == adopted[1:]
-    assert list(await _adopt(store, running={"t", "q"})) == []
+    adopted = list(await adopt(store))
+    assert list(await adopt(store)) == adopted
+    assert list(await adopt(store, running={"t"})) == adopted[1:]
+    assert list(await adopt(store, running={"t", "q"})) == []
 
 
 async def test_there_is_nothing_to_adopt_where_no_turn_is_suspended(store: Store) -> None:
-    assert list(await _adopt(store, "never")) == []
+    assert list(await adopt(store, "never")) == []
     await begin(store, a_turn())
-    assert list(await _adopt(store)) == []
+    assert list(await adopt(store)) == []
     await store.end_turn(ended(a_turn()), runs=said("Hi"), now=T0)
-    assert list(await _adopt(store)) == []
+    assert list(await adopt(store)) == []
     assert (await store.begin_turn(a_turn("next", parent="t"), now=T0)).session.open_turns == 1
 
 
@@ -422,15 +432,134 @@ async def test_while_an_owner_has_another_open_turn_the_session_is_its_own(store
     fails, lasts = a_turn("f"), a_lasting_turn()
     await begin(store, fails, lasts)
     await store.suspend_turns([so_far(lasts, "Hi")], now=T0)
-    assert list(await store.list_suspended(limit=9, idle_since=at(9))) == []
+    assert await suspended_in(store, limit=9) == []
     assert await store.end_turn(ended(fails), runs=said("Hi"), now=at(1)) is EndResult.KEPT
-    assert list(await store.list_suspended(limit=9, idle_since=at(9))) == ["s"]
+    assert await suspended_in(store, limit=9) == ["s"]
     with pytest.raises(TurnsSuspendedError):
         await store.begin_turn(a_turn("next"), now=at(2))
-    (adopted,) = await _adopt(store)
+    (adopted,) = await adopt(store)
     assert await store.end_turn(ended(adopted.turn), runs=adopted.runs, now=at(3)) is EndResult.KEPT
     assert (await store.get_session("s", now=at(3))).open_turns == 0
     assert (await store.begin_turn(a_turn("next"), now=at(4))).session.open_turns == 1
+
+
+# Many sessions at once
+
+
+async def test_the_turns_of_many_sessions_are_adopted_by_one_call(store: Store) -> None:
+    turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(5)]
+    await begin(store, *turns, a_turn("mine", "s5"))
+    await store.create_session(a_session("idle"), now=T0)
+    suspended = [so_far(turn, f"text {turn.id}") for turn in turns]
+    await store.suspend_turns(suspended, now=T0)
+    await store.mark_deleted("s4", now=T0)
+    ids = ["s3", "never", "s5", "s0", "s4", "idle", "s1", "s2"]
+    adoptions = await store.adopt_turns(ids, now=at(5), continues=lambda turn: turn.id != "t1")
+    assert {*ids} - set(adoptions) <= {"never"}, "of several sessions one that is not found may be missing"
+    adoptions = {"never": Adoption()} | dict(adoptions)
+    for n in (0, 2, 3):
+        (it,) = adoptions[f"s{n}"].turns
+        assert (it.turn.id, it.turn.text, it.turn.attempt) == (f"t{n}", f"text t{n}", 2)
+    (it,) = adoptions["s1"].turns
+    assert (it.turn.text, it.runs) == ("", (Run(STARTED), resumed_run(Resumed(3, 2, "retry", 0))))
+    for session_id in ("s0", "s1", "s2", "s3", "s5", "idle"):
+        assert adoptions[session_id].session == await store.get_session(session_id, now=at(5))
+    assert {it for it in ids if adoptions[it].session is None} == {"never", "s4"}
+    assert all(not adoptions[it].turns for it in ("s5", "idle", "never", "s4"))
+    assert await suspended_in(store) == []
+    # They are like other turns of this owner, each with what was kept of it.
+    checkpoints = [a_checkpoint(f"t{n}", "!", after=3, session=f"s{n}") for n in (0, 2, 3)]
+    assert list(await store.checkpoint_turns(checkpoints)) == []
+    for n in (0, 2, 3):
+        (it,) = adoptions[f"s{n}"].turns
+        end = msgspec.structs.replace(ended(it.turn, text=f"{it.turn.text}!", now=at(6)), last_seq=5)
+        runs = (*it.runs, *said("!"))
+        assert await store.end_turn(end, runs=runs, now=at(6), after=4) is EndResult.KEPT
+        assert await told(store, f"s{n}", f"t{n}") == [f"text t{n}", "!"]
+
+
+async def test_an_adoption_of_many_sessions_whose_answer_was_lost_is_told_again(store: Store) -> None:
+    turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(3)]
+    await begin(store, *turns)
+    await store.suspend_turns([so_far(turn, "Hi") for turn in turns], now=T0)
+    ids = ["s0", "s1", "s2"]
+    first = await store.adopt_turns(ids, now=at(5), continues=YES)
+    again = await store.adopt_turns(ids, now=at(6), continues=NO, running={"t1"})
+    assert {it: list(again[it].turns) for it in ids} == {it: list(first[it].turns) for it in ("s0", "s2")} | {"s1": []}
+
+
+async def test_turns_with_much_text_are_adopted_in_several_calls(store: Store) -> None:
+    """Other writes wait for a call. A session alone is always adopted."""
+    turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(4)]
+    await begin(store, *turns)
+    for turn in turns:
+        await store.suspend_turns([so_far(turn, "x" * 3_000_000)], now=T0)
+    waiting, calls = [f"s{n}" for n in range(4)], 0
+    adopted: dict[str, int] = {}
+    while waiting:
+        found = await store.adopt_turns(waiting, now=at(5), continues=YES)
+        assert found, "a call makes no progress"
+        adopted |= {it: len(found[it].turns) for it in found}
+        waiting, calls = [it for it in waiting if it not in found], calls + 1
+    assert adopted == {f"s{n}": 1 for n in range(4)}
+    assert store.capabilities.durable == (calls > 1)
+
+
+# Where an open turn is
+
+
+async def test_an_open_turn_is_found_with_the_owner_that_has_it(open_shared: OpenStore) -> None:
+    async with open_shared() as here, open_shared() as there:
+        await begin(there, a_lasting_turn(), a_turn("fails", "s2"))
+        owner = await here.find_owner("s")
+        assert owner is not None
+        assert await here.find_open_turn("s", "t") == await here.find_open_turn("s2", "fails") == OpenTurn(owner=owner)
+        assert await there.find_open_turn("s", "t") == OpenTurn()
+        await there.suspend_turns([so_far(a_lasting_turn(), "Hi")], now=T0)
+        assert (
+            await here.find_open_turn("s", "t") == await there.find_open_turn("s", "t") == OpenTurn(is_suspended=True)
+        )
+        for names in (("s2", "t"), ("s", "never"), ("never", "t")):
+            assert await here.find_open_turn(*names) is None
+        (adopted,) = await adopt(here)
+        assert await here.find_open_turn("s", "t") == OpenTurn()
+        await here.end_turn(ended(adopted.turn), runs=adopted.runs, now=at(6))
+        assert await here.find_open_turn("s", "t") is None
+        await there.mark_deleted("s2", now=at(6))
+        assert await there.find_open_turn("s2", "fails") is None
+
+
+async def test_many_that_look_for_open_turns_at_once_each_find_their_own(store: Store) -> None:
+    turns = [a_lasting_turn(f"t{n}", f"s{n}") for n in range(40)]
+    await begin(store, *turns)
+    await store.suspend_turns([so_far(turn, "Hi") for turn in turns[::2]], now=T0)
+    found: dict[str, OpenTurn | None] = {}
+
+    async def look(session_id: str, turn_id: str) -> None:
+        found[turn_id] = await store.find_open_turn(session_id, turn_id)
+
+    async with trio.open_nursery() as nursery:
+        for turn in turns:
+            nursery.start_soon(look, turn.session_id, turn.id)
+        nursery.start_soon(look, "s0", "never")
+    expected = {turn.id: OpenTurn(is_suspended=n % 2 == 0) for n, turn in enumerate(turns)}
+    assert found == expected | {"never": None}
+
+
+async def test_the_sessions_that_wait_for_their_clients_are_told_from_those_that_do_not(store: Store) -> None:
+    tricky = {"f": msgspec.Raw(b'{"on_disconnect":"continue","x":"\\"on_disconnect\\":\\"continue\\""}')}
+    turns = {
+        "cancels": a_lasting_turn("c", "cancels", on_disconnect="cancel", attempt=1_000_000, may_title=False),
+        "lasts": a_lasting_turn("l", "lasts", on_disconnect="continue"),
+        "tricky": a_lasting_turn("x", "tricky", on_disconnect="cancel", face=tricky, may_leave_out=False),
+    }
+    await begin(store, *turns.values())
+    both = a_lasting_turn("b", "lasts", state="queued", parent="l", started_at=None, on_disconnect="cancel")
+    await store.begin_turn(both, now=T0)
+    waiting = SuspendedTurn(turn=msgspec.structs.replace(both, last_seq=1), runs=(Run(QUEUED),))
+    await store.suspend_turns([*(so_far(turn, "Hi") for turn in turns.values()), waiting], now=T0)
+    found = {it.id: it.awaits_client for it in await store.list_suspended(limit=9)}
+    assert found == {"cancels": True, "lasts": False, "tricky": True}
 
 
 # Several owners
@@ -441,17 +570,17 @@ async def test_another_owner_adopts_what_an_owner_has_suspended(open_shared: Ope
     async with open_shared() as here, open_shared() as there:
         await begin(there, a_lasting_turn(), queued)
         with pytest.raises(OwnedElsewhereError):
-            await _adopt(here)
+            await adopt(here)
         waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
         await there.suspend_turns([so_far(a_lasting_turn(), "Hel", "lo"), waiting], now=at(1))
         assert await here.find_owner("s") is None
-        assert list(await here.list_suspended(limit=9, idle_since=at(1))) == ["s"]
-        adopted = await _adopt(here)
+        assert await suspended_in(here, limit=9) == ["s"]
+        adopted = await adopt(here)
         assert [(it.turn.id, it.turn.text) for it in adopted] == [("t", "Hello"), ("q", "")]
         # From now on they are this owner's as if it had begun them.
         owner = await there.find_owner("s")
         assert owner is not None
-        for refused in (_adopt(there), there.begin_turn(a_turn("next"), now=at(6))):
+        for refused in (adopt(there), there.begin_turn(a_turn("next"), now=at(6))):
             with pytest.raises(OwnedElsewhereError) as error:
                 await refused
             assert error.value.fence == owner.fence
@@ -473,10 +602,10 @@ async def test_of_many_that_adopt_at_once_one_gets_the_turns(open_shared: OpenSt
     refused: list[str] = []
     have_adopted = trio.Event()
 
-    async def adopt(store: Store) -> None:
+    async def adopt_all(store: Store) -> None:
         for n in range(10):
             try:
-                adopted.extend(it.turn.id for it in await _adopt(store, f"s{n}"))
+                adopted.extend(it.turn.id for it in await adopt(store, f"s{n}"))
             except OwnedElsewhereError as error:
                 refused.append(error.session_id)
         if len(adopted) + len(refused) == 30:
@@ -487,7 +616,7 @@ async def test_of_many_that_adopt_at_once_one_gets_the_turns(open_shared: OpenSt
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for store in (first, second, third):
-                    nursery.start_soon(adopt, store)
+                    nursery.start_soon(adopt_all, store)
         assert sorted(adopted) == [f"t{n}" for n in range(10)]
         assert sorted(refused) == sorted([f"s{n}" for n in range(10)] * 2)
 
@@ -519,9 +648,9 @@ async def test_recovery_suspends_the_turns_that_may_have_another_attempt_and_end
         assert await store.get_turn("s1", "queued", now=at(2)) == queued
         left = await store.get_session("s1", now=at(2))
         assert (left.open_turns, left.last_accessed_at) == (2, at(2))
-        assert list(await store.list_suspended(limit=9, idle_since=at(2))) == ["s1"]
+        assert await suspended_in(store, limit=9) == ["s1"]
         assert await store.recover(now=at(3)) == 0
-        first, second = await _adopt(store, "s1")
+        first, second = await adopt(store, "s1")
         resumption = resumed_run(Resumed(base + 1, 2, "continue", 3))
         assert first.turn == msgspec.structs.replace(suspended, attempt=2, last_seq=base + 1)
         assert first.runs == (*BEGINNING, *said("Hel"), resumption)
@@ -542,7 +671,7 @@ async def test_a_turn_that_crashed_before_its_first_checkpoint_begins_anew(open_
         await begin(store, a_lasting_turn())
     async with open_shared() as store:
         assert await store.recover(now=at(2)) == 0
-        (adopted,) = await _adopt(store)
+        (adopted,) = await adopt(store)
         seq = 2 * SEQ_AFTER_CRASH + 1
         assert adopted.runs == (Run(STARTED), resumed_run(Resumed(seq, 2, "retry", 0)))
         assert (adopted.turn.last_seq, adopted.turn.output) == (seq, ())
@@ -554,7 +683,7 @@ async def test_a_turn_that_crashes_at_each_attempt_is_interrupted_after_the_last
     seqs = [0]
     for attempt in range(2, rules.ATTEMPTS_MAX + 1):
         async with open_shared() as store:
-            (adopted,) = await _adopt(store)  # recovers first
+            (adopted,) = await adopt(store)  # recovers first
             assert adopted.turn.attempt == attempt
             after = adopted.turn.last_seq
             assert after > seqs[-1]
@@ -564,7 +693,7 @@ async def test_a_turn_that_crashes_at_each_attempt_is_interrupted_after_the_last
             seqs.append(after + 2)
             assert (await store.read_events("s", "t", after=after)).kept == seqs[-1]
     async with open_shared() as store:
-        assert list(await _adopt(store)) == []
+        assert list(await adopt(store)) == []
         turn = await store.get_turn("s", "t", now=at(6))
         assert (turn.state, turn.reason, turn.attempt) == ("interrupted", "crash", rules.ATTEMPTS_MAX)
         assert turn.last_seq > seqs[-1]
@@ -575,12 +704,12 @@ async def test_an_adopted_turn_crashes_with_all_that_was_kept_of_it(open_shared:
     async with open_shared() as store:
         it = await _suspended(store, "Hel", "lo")
     async with open_shared() as store:
-        (second,) = await _adopt(store)
+        (second,) = await adopt(store)
         await store.checkpoint_turns([a_checkpoint("t", ", ", "you", after=4)])
     async with open_shared() as store:
         assert await store.recover(now=at(6)) == 0
         assert (await store.get_turn("s", "t", now=at(6))).text == "Hello, you"
-        (third,) = await _adopt(store)
+        (third,) = await adopt(store)
         resumption = resumed_run(Resumed(3 * SEQ_AFTER_CRASH + 1, 3, "continue", 10))
         assert third.runs == (*it.runs, second.runs[-1], *said(", ", "you"), resumption)
     async with open_shared() as store:
@@ -598,7 +727,7 @@ async def test_a_turn_that_was_adopted_while_it_waited_keeps_its_seqs_over_a_cra
         waiting = SuspendedTurn(turn=msgspec.structs.replace(queued, last_seq=1), runs=(Run(QUEUED),))
         await store.suspend_turns([waiting], now=T0)
     async with open_shared() as store:
-        await _adopt(store)
+        await adopt(store)
         assert await store.start_turn("t", now=at(1))
         kept = a_checkpoint("t", "Hel", "lo")
         kept = msgspec.structs.replace(kept, after=1, runs=(Run(STARTED), *kept.runs))
@@ -630,7 +759,7 @@ async def test_what_would_be_suspended_is_in_the_way_of_a_turn_and_nothing_else(
             await here.add_turns([an_added_turn("added", parent="t")], now=at(1))
         assert await contents(here, now=at(1)) == before, "a step that refuses has written nothing"
         await here.delete_turns("s", "side", now=at(1))
-        assert [it.turn.id for it in await _adopt(here)] == ["t"]
+        assert [it.turn.id for it in await adopt(here)] == ["t"]
         assert (await here.get_session("s", now=at(1))).open_turns == 1
 
 
@@ -646,7 +775,7 @@ async def test_a_session_is_deleted_whose_turns_an_owner_that_is_gone_has_left(o
             await marks.mark_deleted("s2", now=at(1))
         assert await here.recover(now=at(2)) == 0
         assert await here.find_session_of("t2") is None, "the deletion is finished"
-        assert list(await here.list_suspended(limit=9, idle_since=at(9))) == []
+        assert await suspended_in(here, limit=9) == []
 
 
 async def test_an_owner_that_was_taken_for_dead_cannot_suspend_a_turn_that_was_adopted(open_shared: OpenStore) -> None:
@@ -654,7 +783,7 @@ async def test_an_owner_that_was_taken_for_dead_cannot_suspend_a_turn_that_was_a
         await begin(zombie, a_lasting_turn())
         await take_for_dead(zombie)
         async with open_shared() as store:
-            await _adopt(store)
+            await adopt(store)
             before = await contents(store, now=at(1))
             assert set(await zombie.suspend_turns([so_far(a_lasting_turn(), "late")], now=at(2))) == {"t"}
             assert set(await zombie.checkpoint_turns([a_checkpoint("t", "late")])) == {"t"}
@@ -668,17 +797,17 @@ async def test_a_crash_in_a_session_with_suspended_turns_leaves_it_to_the_next(o
         await begin(store, fails, lasts)
         await store.suspend_turns([so_far(lasts, "Hi")], now=T0)
     async with open_shared() as store:
-        assert list(await store.list_suspended(limit=9, idle_since=at(9))) == []
+        assert await suspended_in(store, limit=9) == []
         assert await store.recover(now=at(1)) == 1
-        assert list(await store.list_suspended(limit=9, idle_since=at(9))) == ["s"]
-        (adopted,) = await _adopt(store)
+        assert await suspended_in(store, limit=9) == ["s"]
+        (adopted,) = await adopt(store)
         assert (adopted.turn.id, adopted.turn.text, adopted.turn.last_seq) == ("t", "Hi", 3)
 
 
 async def test_a_fork_of_a_turn_with_several_attempts_has_its_events(open_shared: OpenStore) -> None:
     async with open_shared() as store:
         await _suspended(store, "Hel", "lo")
-        (adopted,) = await _adopt(store)
+        (adopted,) = await adopt(store)
         runs = (*adopted.runs, *said("x" * 70_000, "!"))
         end = msgspec.structs.replace(ended(adopted.turn, text="Hello" + "x" * 70_000 + "!"), last_seq=7)
         assert await store.end_turn(end, runs=runs, now=at(6), after=4) is EndResult.KEPT

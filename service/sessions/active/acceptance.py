@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -13,10 +14,8 @@ from service.clock import Clock
 from service.errors import (
     BranchLimitError,
     HeadMovedError,
-    InvalidRequestError,
     NothingAskedError,
     QueueFullError,
-    RefusedError,
     SessionExistsError,
     SessionNotFoundError,
     StoreError,
@@ -27,6 +26,7 @@ from service.errors import (
 from service.freezes import ScopeDeadline, move_on_after
 from service.models.client import ModelClient
 from service.sessions.active.active_sessions import ActiveSessions
+from service.sessions.active.adoptions import Adoptions
 from service.sessions.active.drain import Drain
 from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.active.session import ActiveSession
@@ -36,13 +36,12 @@ from service.sessions.events import outcome
 from service.sessions.titles import Titles
 from service.sessions.turns.prompt import PathEnd
 from service.sessions.turns.turn import Turn
-from service.sessions.turns.turn_log import log_adoption, turn_log_context
+from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.sessions.turns.turn_trace import TurnTrace
 from service.settings import Settings
 from service.stop_state import StopState
-from service.storage.pieces import Resumed, Run, resumed_run
-from service.storage.records import AdoptedTurn, IdempotencyKey, SessionRecord, TurnRecord
+from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
 from service.telemetry.log_context import log_context
@@ -73,8 +72,7 @@ class Acceptance:
         metrics: Counts the turns.
 
     Attributes:
-        unresolved_adoptions: The sessions whose turns the store may have given to this process in a call that it has
-            not answered, or that failed, in this order. The next adoption of such a session has these turns.
+        adoptions: The adoption of suspended turns.
     """
 
     def __init__(
@@ -107,7 +105,17 @@ class Acceptance:
         self._settings = settings
         self._suspensions = suspensions
         self._stop = stop
-        self.unresolved_adoptions: dict[str, None] = {}
+        self.adoptions = Adoptions(
+            nursery,
+            pending_writes,
+            make_live=partial(self._make_live, supersedes=False),
+            begin_trace=self._trace,
+            store=store,
+            client_for=client_for,
+            clock=clock,
+            settings=settings,
+            metrics=self._metrics,
+        )
 
     async def accept(self, session_id: str, new: NewTurn, within_s: float) -> Turn:
         """Accept a turn, as :meth:`~service.sessions.sessions.Sessions.start_turn` says.
@@ -208,8 +216,11 @@ class Acceptance:
                     await self._pending_writes.retry_ends_of(session_id)
                     yield session, checked, deadline
 
-    async def adopt(self, session_id: str) -> None:
+    async def adopt(self, session_id: str, *, has_no_client: bool = False) -> None:
         """Take over the suspended turns of a session, if it has any, and run them. The waits are as in :meth:`accept`.
+
+        Args:
+            has_no_client: Whether turns that are cancelled without clients end at once.
 
         Cancellation leaves no turn behind that no process runs. Turns that the store may have given to this process in
         a call without an answer are run after the next call.
@@ -226,65 +237,12 @@ class Acceptance:
 
         async with self._deciding(session_id, check, self._settings.store_timeout_s, adds_open_turn=True) as deciding:
             session, _, deadline = deciding
-            await self._adopt(session, deadline)
+            await self._adopt(session, deadline, has_no_client=has_no_client)
 
-    async def _adopt(self, session: ActiveSession, deadline: ScopeDeadline) -> None:
-        """Adopt the turns of a session whose acceptance the caller holds.
-
-        Shielded: a cancellation after the store's step would leave turns that no task runs. No checkpoint comes
-        between this step and the start of the tasks.
-        """
-        try:
-            stored = await self._store.get_session(session.id, now=self._clock())
-            await _refuse_if_late(deadline)
-            self.unresolved_adoptions[session.id] = None
-            with self._pending_writes.writing(within_s=deadline.left_s, shield=True):
-                adopted = await self._store.adopt_turns(
-                    session.id,
-                    now=self._clock(),
-                    continues=self._can_continue,
-                    running=[turn.id for turn in session.turns],
-                )
-        except RefusedError:
-            self.unresolved_adoptions.pop(session.id, None)
-            raise
-        for turn in adopted:
-            self._make_live(session, self._adopted(turn, stored), supersedes=False)
-        self.unresolved_adoptions.pop(session.id, None)
-
-    def _adopted(self, adopted: AdoptedTurn, session: SessionRecord) -> Turn:
-        """A turn that another process has begun. One that cannot be restored fails: no other process will have it."""
-        try:
-            turn = self._restored(adopted.turn, session, adopted.runs)
-        except Exception:
-            logger.exception(
-                "an adopted turn cannot be restored: it fails", session_id=session.id, turn_id=adopted.turn.id
-            )
-            turn = self._unrestored(adopted.turn, session)
-        log_adoption(turn)
-        return turn
-
-    def _restored(self, record: TurnRecord, session: SessionRecord, runs: Sequence[Run]) -> Turn:
-        """A turn that goes on after these events. It fails if no upstream has its model any more."""
-        try:
-            client, refusal = self._client_for(record.model), None
-        except InvalidRequestError as error:
-            client, refusal = self._client_for(self._settings.default_model), error
-        turn = Turn(
-            record,
-            client=client,
-            system_message=record.system_message or session.system_message,
-            on_disconnect=record.on_disconnect,
-            settings=self._settings,
-            may_title=record.may_title,
-            may_leave_out=record.may_leave_out,
-            runs=runs,
-            metrics=self._metrics,
-        )
-        self._trace(turn, record)
-        if refusal is not None:
-            turn.cut_short(outcome.failed("model_not_found", str(refusal)))
-        return turn
+    async def _adopt(self, session: ActiveSession, deadline: ScopeDeadline, *, has_no_client: bool = False) -> None:
+        """Adopt the turns of a session whose acceptance the caller holds."""
+        await _refuse_if_late(deadline)
+        await self.adoptions.adopt(session, within_s=deadline.left_s, has_no_client=has_no_client)
 
     def _trace(self, turn: Turn, record: TurnRecord) -> None:
         """Begin the turn's span where traces are on: a child of the current request's, or of the first process's."""
@@ -293,27 +251,6 @@ class Acceptance:
             turn.take_trace(
                 TurnTrace(self._tracing, record, upstream=upstream, request_id=turn.request_id, began_at=began_at)
             )
-
-    def _unrestored(self, record: TurnRecord, session: SessionRecord) -> Turn:
-        """A turn that fails without what it has said, which its readers drop: its end replaces its events."""
-        resumed = Resumed(record.last_seq, record.attempt, "retry")
-        runs = () if record.state == "queued" else (resumed_run(resumed),)
-        turn = self._restored(msgspec.structs.replace(record, output=()), session, runs)
-        turn.stored_seq = 0
-        if turn.cut_short(outcome.internal_error()):
-            turn.crashed = True
-        return turn
-
-    def _can_continue(self, turn: TurnRecord) -> bool:
-        """Whether the model of a turn can go on after the text so far."""
-        try:
-            return self._client_for(turn.model).can_continue(turn.text, turn.options)
-        except InvalidRequestError:
-            return False
-        except Exception:  # within the step of the store, which would fail each time
-            ids = {"session_id": turn.session_id, "turn_id": turn.id}
-            logger.exception("a model client failed over the reply so far, which begins anew", **ids)
-            return False
 
     async def make_way(self, session_id: str, new: NewTurn) -> None:
         """Let the session's turns end, as :meth:`~service.sessions.sessions.Sessions.make_way` says."""

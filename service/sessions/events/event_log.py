@@ -236,28 +236,30 @@ class EventLog:
     def restore(
         self,
         runs: Iterable[Run],
-        text: str,
+        texts: Sequence[str],
         *,
         event_of: Callable[[Run, int], Event],
         kind_of: Callable[[int], PieceKind],
-    ) -> None:
-        """Put the events that the log of another process had into this one, which is empty.
+    ) -> Steps[None]:
+        """Put the events that the log of another process had into this one, which is empty and nobody reads.
 
         Args:
-            text: The texts of the pieces, in the order of their arrival.
+            texts: The texts of the items, which the pieces make.
             event_of: The event that is no piece, of its run and the seq that follows.
             kind_of: The kind of the pieces of an item.
         """
         assert not self.last_seq, "the log has events of its own"
-        start = 0
+        ends: dict[int, int] = {}
         for run in runs:
             if run.item < 0:
                 self._restore_other(event_of(run, self.last_seq + 1))
                 continue
+            kind, text, end = kind_of(run.item), texts[run.item], ends.get(run.item, 0)
             for few in _parts(run):
-                length = few.length
-                self._restore_pieces(few, text[start : start + length].encode(), kind_of(few.item))
-                start += length
+                start, end = end, end + few.length
+                self._restore_pieces(few, text[start:end].encode(), kind)
+                yield
+            ends[run.item] = end
         self._newest_after = self._told_seq = self.last_seq
 
     def _restore_other(self, event: Event) -> None:

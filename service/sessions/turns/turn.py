@@ -34,7 +34,8 @@ from service.sessions.turns.turn_deadlines import TurnDeadlines
 from service.sessions.turns.turn_metrics import TurnMeter
 from service.sessions.turns.turn_trace import TurnTrace
 from service.settings import Settings
-from service.storage.pieces import Run, last_seq, text_of
+from service.steps import Steps
+from service.storage.pieces import Run, last_seq
 from service.storage.records import (
     Checkpoint,
     Item,
@@ -52,6 +53,10 @@ RETURN_S = 5.0
 """How long a turn runs on after another process of this service has cut off its client: enough for some attempts of a
 client that waits a second before each, as the streams tell it to."""
 
+CLIENT_RETURNS_S = 30.0
+"""How long a turn whose process is gone waits for its client, once another process serves: longer than the pauses
+between the attempts of clients."""
+
 
 class Turn:
     """The state of a live turn, shared by its task, its readers and the calls that end it.
@@ -59,8 +64,8 @@ class Turn:
     All methods except :meth:`wait_ended` are synchronous, so that no second decision comes between the steps of one.
 
     Args:
-        runs: The events that earlier processes have sent and that count: the turn was adopted, with the output in
-            ``record``. A turn that runs goes on after the last of them.
+        log: The log that :func:`restored_log` has made: the turn was adopted, with the output in ``record``. A turn
+            that runs goes on after the last event of the log.
         metrics: Counts the turn.
     """
 
@@ -82,10 +87,10 @@ class Turn:
         may_title: bool = True,
         may_leave_out: bool = True,
         request_id: str | None = None,
-        runs: Sequence[Run] | None = None,
+        log: EventLog | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self.log = EventLog(bytes_max=settings.log_bytes_max, turn_id=record.id)
+        self.log = EventLog(bytes_max=settings.log_bytes_max, turn_id=record.id) if log is None else log
         self.deadlines = TurnDeadlines()
         self.ended = trio.Event()
         self.stored = False
@@ -133,24 +138,18 @@ class Turn:
         self._reply = Reply(self.log, record.id)
         self._spent: Usage | None = record.usage
         self._stream: ModelStream | None = None
-        self.was_adopted = runs is not None
-        self._begin_log(runs)
+        self.was_adopted = log is not None
+        self._begin()
 
-    def _begin_log(self, runs: Sequence[Run] | None) -> None:
-        """Take over the events and the output of earlier processes, and wait for their client; or begin."""
+    def _begin(self) -> None:
+        """Take over the output of earlier processes, and wait for their client; or begin."""
         record = self._record
-        if runs is not None and self._on_disconnect == "cancel":
-            self.deadlines.note_no_client(returns_within_s=max(self._settings.disconnect_grace_s, RETURN_S))
-        if not runs:
+        if self.was_adopted and self._on_disconnect == "cancel":
+            self.deadlines.note_no_client(returns_within_s=max(self._settings.disconnect_grace_s, CLIENT_RETURNS_S))
+        if not self.log.last_seq:
             if record.state == "queued":
                 self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
             return
-        self.log.restore(
-            runs,
-            text_of(runs, [item.text for item in record.output]),
-            event_of=partial(opening_of, record),
-            kind_of=lambda item: kind_of_pieces(record.output[item]),
-        )
         self.stored_seq = self.log.last_seq
         self._reply.restore(record.output)
         self._record = msgspec.structs.replace(record, output=(), usage=None, last_seq=0)
@@ -346,10 +345,10 @@ class Turn:
         """What the upstream has counted so far, for all replies that were asked of it."""
         return total_usage(self._spent, None if self._stream is None else self._stream.usage)
 
-    @property
-    def text_so_far(self) -> str:
+    def text_so_far(self) -> Steps[str]:
         """The text after which the model goes on, empty if it begins: that of a reply which another process began."""
-        return "".join([item.text for item in self._reply.items() if item.type == "message"])
+        texts = yield from self.log.joined_texts()
+        return "".join([item.text for item in self._reply.items(texts) if item.type == "message"])
 
     @property
     def text_length(self) -> int:
@@ -543,6 +542,23 @@ class Turn:
             left_out=self._record.left_out,
             stored=stored,
         )
+
+
+def restored_log(record: TurnRecord, runs: Sequence[Run], *, bytes_max: int) -> Steps[EventLog]:
+    """The log of an adopted turn, with the events that earlier processes have sent and that count.
+
+    Args:
+        record: The turn, with its output so far.
+        runs: The events; the texts of their pieces are those of the output.
+    """
+    log = EventLog(bytes_max=bytes_max, turn_id=record.id)
+    yield from log.restore(
+        runs,
+        [item.text for item in record.output],
+        event_of=partial(opening_of, record),
+        kind_of=lambda item: kind_of_pieces(record.output[item]),
+    )
+    return log
 
 
 class Watch:

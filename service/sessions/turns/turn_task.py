@@ -185,7 +185,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
         path = await _read_path(turn, store, settings)
         older = await _measure_older(path, store)
     turn.is_opening = bool(path) and _is_opening(path)
-    prefix = turn.text_so_far
+    prefix = await in_steps(turn.text_so_far()) if turn.was_adopted else ""
     prompt = await in_steps(
         prompt_of(
             path,

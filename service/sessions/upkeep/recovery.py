@@ -37,8 +37,13 @@ async def run_recovery(
     await run_every(INTERVAL_S, recover, name="recovery", woken=woken)
 
 
-async def recover_once(sessions: Sessions, *, shared: bool) -> None:
-    """Try each step of the recovery once. Raises: StoreError, after all steps were tried."""
+async def recover_once(sessions: Sessions, *, shared: bool) -> float | None:
+    """Try each step of the recovery once. Returns the time of the next run, if that comes before the pause is over.
+
+    Raises:
+        StoreError: After all steps were tried.
+    """
+    next_at: float | None = None
     refusal: StoreError | None = None
     for step in (sessions.pending_writes.retry, sessions.deletions.resolve):
         try:
@@ -50,8 +55,10 @@ async def recover_once(sessions: Sessions, *, shared: bool) -> None:
         if recovered:
             logger.info("turns of a process that died ended as interrupted", turns=recovered)
     try:
-        await sessions.adopt_waiting()
+        next_at = await sessions.adopt_waiting()
     except StoreError as error:
         refusal = error
     if refusal is not None:
         raise refusal
+    until = trio.current_time() + INTERVAL_S
+    return until if next_at is None else min(next_at, until)

@@ -29,11 +29,8 @@ _FROM = (
 )
 _TEXTS = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(%s::bigint[]) ORDER BY turn, after"
 _RUNS = "SELECT runs FROM {s}.event_pages WHERE turn = %s ORDER BY after"
-_OF_SUSPENDED = (
-    "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(ARRAY(SELECT t.key FROM {s}.turns AS t "
-    f"WHERE t.session = (SELECT key FROM {{s}}.sessions WHERE id = %s) AND t.owner = {rules.NOBODY})) "
-    "ORDER BY turn, after"
-)
+PAGES_OF = "SELECT turn, runs, text FROM {s}.event_pages WHERE turn = ANY(ARRAY({keys})) ORDER BY turn, after"
+"""The pages of turns, of a query of their keys, for :func:`kept_in`."""
 _DROP = "DELETE FROM {s}.event_pages WHERE turn = ANY(%s)"
 _ADD = (
     "INSERT INTO {s}.event_pages (turn, after, runs, text) "
@@ -100,13 +97,8 @@ class Kept(msgspec.Struct):
         return msgspec.structs.replace(turn, output=rules.with_texts(turn.output, self.texts))
 
 
-def send_suspended(db: Db, session_id: str) -> Cursor:
-    """Ask, in a pipeline, for the pages of a session's suspended turns; :func:`suspended_of` takes the result."""
-    return db.execute(_OF_SUSPENDED, (session_id,))
-
-
-def suspended_of(sent: Cursor) -> dict[int, Kept]:
-    """What is kept of the suspended turns of a session, by their keys."""
+def kept_in(sent: Cursor) -> dict[int, Kept]:
+    """What is kept of turns, by their keys, from the result of :data:`PAGES_OF`."""
     found: dict[int, Kept] = {}
     for key, packed, text in sent:
         kept = found.setdefault(key, Kept())

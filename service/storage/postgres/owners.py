@@ -6,7 +6,7 @@ that was taken for dead, however late its statements arrive.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from secrets import token_bytes
 
 import msgspec
@@ -240,6 +240,13 @@ def refuse_if_alive(db: Db, fence: int, session_id: str) -> None:
     row = db.execute("SELECT address FROM {s}.owners WHERE fence = %s AND NOT dead", (fence,)).fetchone()
     if row is not None:
         raise OwnedElsewhereError(session_id, fence=fence, address=row[0])
+
+
+def living(db: Db, fences: Collection[int]) -> dict[int, Owner]:
+    """Those of some owners that live, by their fences."""
+    query = "SELECT fence, address FROM {s}.owners WHERE fence = ANY(%s) AND NOT dead"
+    rows = db.execute(query, (list(fences),)).fetchall() if fences else ()
+    return {fence: Owner(fence=fence, address=address) for fence, address in rows}
 
 
 def find_owner(db: Db, session_id: str, *, besides: int) -> Owner | None:

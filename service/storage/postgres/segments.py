@@ -17,7 +17,7 @@ from service.models.client import Usage
 from service.storage import pieces
 from service.storage.event_rows import page_of_rows
 from service.storage.pieces import Run
-from service.storage.postgres.connections import Db, Me
+from service.storage.postgres.connections import Cursor, Db, Me
 from service.storage.postgres.rows import Row
 from service.storage.records import Checkpoint, EventsPage, Item, LeftOut, TurnRecord
 
@@ -104,9 +104,24 @@ _growth: msgspec.msgpack.Decoder[_Growth] = msgspec.msgpack.Decoder(_Growth)
 
 def keep(db: Db, checkpoints: Sequence[Checkpoint], me: Me) -> list[str]:
     """Keep checkpoints. Returns the turns that are not this owner's open turns."""
+    return lost_of(send(db, checkpoints, me))
+
+
+Sent = list[tuple[list[Checkpoint], Cursor]]
+"""The checkpoints of each segment, and the answer to its statement."""
+
+
+def send(db: Db, checkpoints: Sequence[Checkpoint], me: Me) -> Sent:
+    """Keep checkpoints, in a pipeline or outside; :func:`lost_of` takes the result."""
+    # Nearly always one.
+    return [(some, db.execute(_ADD, _values(some, bodies, me))) for some, bodies in _segments_of(checkpoints)]
+
+
+def lost_of(sent: Sent) -> list[str]:
+    """The turns of checkpoints that are not this owner's open turns."""
     lost: list[str] = []
-    for some, bodies in _segments_of(checkpoints):  # nearly always one
-        row: Row = db.execute(_ADD, _values(some, bodies, me)).fetchone()  # type: ignore[assignment]
+    for some, answer in sent:
+        row: Row = answer.fetchone()  # type: ignore[assignment]
         lost += [it.turn_id for it, key in zip(some, row[0], strict=True) if key == 0]
     return list(dict.fromkeys(lost))
 

@@ -21,6 +21,8 @@ from service.storage.records import IdempotencyKey, Page, SessionPatch, SessionR
 
 _GET = f"SELECT {SESSION_COLUMNS}, deletion, turns, owner, edits FROM {{s}}.sessions WHERE id = %s"
 _GET_AND_LOCK = f"{_GET} FOR UPDATE"
+# In the order of their keys: so do all steps that lock several sessions.
+_LOCK_ALL = f"{_GET.replace('id = %s', 'id = ANY(%s)')} ORDER BY key FOR UPDATE"
 _VISIBLE = (
     "sessions.deletion IS NULL AND NOT sessions.ephemeral "
     "AND (sessions.open_turns > 0 OR sessions.expires_at > %(now)s)"
@@ -115,18 +117,27 @@ def visible(db: Db, session_id: str, now: datetime, *, lock: bool = False) -> St
 
 
 def send_lock(db: Db, session_id: str) -> Cursor:
-    """Lock a session, as the first statement of a pipeline; :func:`visible_of`, :func:`stored_of` take the result."""
+    """Lock a session, as the first statement of a pipeline; :func:`visible_of` takes the result."""
     return db.execute(_GET_AND_LOCK, (session_id,))
 
 
-def stored_of(sent: Cursor) -> StoredSession | None:
-    """The session that :func:`send_lock` has locked, in any state, unless it is removed."""
-    return _stored(sent.fetchone())
+def send_locks(db: Db, session_ids: Sequence[str], *, waits: bool) -> Cursor:
+    """Lock sessions, as the first statement of a pipeline; :func:`all_stored_of` takes the result.
+
+    Args:
+        waits: Whether to wait for other steps on the sessions; otherwise those that another step has are left out.
+    """
+    return db.execute(_LOCK_ALL + ("" if waits else " SKIP LOCKED"), (list(session_ids),))
+
+
+def all_stored_of(sent: Cursor) -> list[StoredSession]:
+    """The sessions that :func:`send_locks` has locked, in any state, unless they are removed."""
+    return [kept for kept in map(_stored, sent.fetchall()) if kept is not None]
 
 
 def visible_of(session_id: str, sent: Cursor, now: datetime) -> StoredSession:
     """The session that :func:`send_lock` has locked. Raises: SessionNotFoundError."""
-    return _visible(session_id, stored_of(sent), now)
+    return _visible(session_id, _stored(sent.fetchone()), now)
 
 
 def _visible(session_id: str, kept: StoredSession | None, now: datetime) -> StoredSession:

@@ -43,11 +43,12 @@ from service.storage.postgres import (
 from service.storage.postgres.connections import Db, Line, Me, connect_first, name_of_store
 from service.storage.postgres.faults import Faults, startup_error
 from service.storage.postgres.late_answers import LateAnswers
+from service.storage.postgres.open_turns import OpenTurns
 from service.storage.postgres.owners import FenceLostError, Observer, Ownership
 from service.storage.postgres.reader import Reader
 from service.storage.postgres.writer import Writer
 from service.storage.records import (
-    AdoptedTurn,
+    Adoption,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -55,12 +56,14 @@ from service.storage.records import (
     IdempotencyKey,
     LeftOut,
     Match,
+    OpenTurn,
     Owner,
     Page,
     Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    SuspendedSession,
     SuspendedTurn,
     TitleSource,
     TreeNode,
@@ -179,6 +182,7 @@ class PostgresStore:
         self._beating = SqlThread("postgres beats", beats.Beats(self._line(), self.observer, self._faults))
         self._late_answers = LateAnswers(self._lines)
         self._has_suspended = False
+        self._open_turns = OpenTurns()
         self._forking = anyio.Lock()  # one fork at a time, because its turns are in memory meanwhile
 
     def _soon(self, call: Callable[[], object]) -> None:
@@ -522,18 +526,31 @@ class PostgresStore:
 
     async def adopt_turns(
         self,
-        session_id: str,
+        session_ids: Sequence[str],
         *,
         now: datetime,
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
-    ) -> Sequence[AdoptedTurn]:
+        path_bytes_max: Callable[[TurnRecord], int | None] | None = None,
+    ) -> Mapping[str, Adoption]:
         return await self._write(
-            lambda db: adoptions.adopt(db, session_id, self.me, now, continues=continues, running=running)
+            lambda db: adoptions.adopt(
+                db,
+                session_ids,
+                self.me,
+                now,
+                continues=continues,
+                running=running,
+                path_bytes_max=path_bytes_max,
+            )
         )
 
-    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
-        return await self._look(lambda db: suspensions.list_page(db, limit=limit, idle_since=idle_since))
+    async def list_suspended(self, *, limit: int) -> Sequence[SuspendedSession]:
+        return await self._look(lambda db: suspensions.list_page(db, limit=limit))
+
+    async def find_open_turn(self, session_id: str, turn_id: str) -> OpenTurn | None:
+        with self._open_turns.asking(session_id, turn_id, me=self.fence) as look:
+            return await self._look(look)
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         # Without the texts it is one statement.

@@ -15,7 +15,7 @@ from service.storage.postgres import event_pages
 from service.storage.postgres.connections import Db
 from service.storage.postgres.rows import Row
 from service.storage.postgres.turn_rows import values_of
-from service.storage.records import SuspendedTurn, TurnRecord
+from service.storage.records import SuspendedSession, SuspendedTurn, TurnRecord
 from service.storage.rules import NOBODY
 
 _BYTES_AT_ONCE = 4 * 1024 * 1024
@@ -56,9 +56,11 @@ _WAITING = (
     "SELECT id, owner, state, options FROM {s}.turns "
     f"WHERE session = %(session)s AND owner IN ({NOBODY}, %(others)s) ORDER BY ordinal"
 )
+_TAIL = f"substring(t.options FROM greatest(length(t.options) - {turn_options.TAIL_BYTES - 1}, 1))"
 _LIST = (
-    f"SELECT id FROM {{s}}.sessions WHERE key = ANY(ARRAY(SELECT session FROM {{s}}.turns WHERE owner = {NOBODY})) "
-    f"AND owner = {NOBODY} AND deletion IS NULL AND last_accessed_at <= %s ORDER BY last_accessed_at, id LIMIT %s"
+    f"SELECT s.id, array_agg({_TAIL}) FROM {{s}}.turns AS t JOIN {{s}}.sessions AS s ON s.key = t.session "
+    f"WHERE t.owner = {NOBODY} AND s.owner = {NOBODY} AND s.deletion IS NULL "
+    "GROUP BY s.key ORDER BY s.last_accessed_at, s.id LIMIT %s"
 )
 
 
@@ -134,5 +136,7 @@ def first_waiting(db: Db, session: int, *, others: int | None) -> str | None:
     return turn_options.first_waiting(rows)
 
 
-def list_page(db: Db, *, limit: int, idle_since: datetime) -> Sequence[str]:
-    return [row[0] for row in db.execute(_LIST, (moment(idle_since), limit)).fetchall()]
+def list_page(db: Db, *, limit: int) -> Sequence[SuspendedSession]:
+    """One statement."""
+    rows: list[Row] = db.execute(_LIST, (limit,)).fetchall()
+    return [SuspendedSession(id=row[0], awaits_client=turn_options.awaits_client(row[1])) for row in rows]

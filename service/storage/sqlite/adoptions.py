@@ -1,13 +1,14 @@
-"""The adoption of a session's suspended turns, in one step within a transaction."""
+"""The adoption of suspended turns, in one step within a transaction."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 
 import apsw
 
+from service.errors import OwnedElsewhereError
 from service.storage import rules
 from service.storage.pieces import last_seq
-from service.storage.records import AdoptedTurn, TurnRecord
+from service.storage.records import AdoptedTurn, Adoption, Owner, TurnRecord
 from service.storage.rules import NOBODY
 from service.storage.sqlite import event_pages, recovery, sessions, suspensions
 from service.storage.sqlite.ownership import Ownership
@@ -18,10 +19,32 @@ _OPEN = (
     f"SELECT {TURN_COLUMNS}, key, owner FROM edited_turns "
     f"WHERE owner IN ({NOBODY}, :fence) AND +session = :session ORDER BY ordinal"
 )
+BYTES_MAX = 4 * 1024 * 1024
+"""The texts of turns with which a step ends: others wait for it."""
 _OWN = "UPDATE sessions SET owner = ? WHERE key = ?"
 
 
 def adopt(
+    db: apsw.Connection,
+    session_ids: Sequence[str],
+    owners: Ownership,
+    now: datetime,
+    *,
+    continues: Callable[[TurnRecord], bool],
+    running: Collection[str],
+) -> Mapping[str, Adoption]:
+    """As :meth:`~service.storage.store.Store.adopt_turns` says. The step ends with the session that passes its size."""
+    done: dict[str, Adoption] = {}
+    size = 0
+    for session_id in session_ids:
+        done[session_id] = it = _adopt(db, session_id, owners, now, continues=continues, running=running)
+        size += sum(turn.turn.text_bytes for turn in it.turns)
+        if size > BYTES_MAX:
+            break
+    return done
+
+
+def _adopt(
     db: apsw.Connection,
     session_id: str,
     owners: Ownership,
@@ -29,11 +52,16 @@ def adopt(
     *,
     continues: Callable[[TurnRecord], bool],
     running: Collection[str],
-) -> Sequence[AdoptedTurn]:
+) -> Adoption:
     kept = sessions.find(db, session_id)
-    if kept is None or kept.is_deleted or not kept.record.open_turns:
-        return []
-    sessions.settle(db, kept, owners, now)
+    if kept is None or kept.is_deleted:
+        return Adoption()
+    if not kept.record.open_turns:
+        return Adoption(session=kept.record)
+    try:
+        sessions.settle(db, kept, owners, now)
+    except OwnedElsewhereError as error:
+        return Adoption(session=kept.record, owner=Owner(fence=error.fence, address=error.address))
     adopted: list[AdoptedTurn] = []
     rows: list[Row] = db.execute(_OPEN, {"fence": owners.fence, "session": kept.key}).fetchall()
     for *columns, key, owner in rows:
@@ -48,7 +76,7 @@ def adopt(
                 adopted.append(rules.as_adopted(turn, runs, items, growth))
     if any(owner == NOBODY for *_, owner in rows):
         db.execute(_OWN, (owners.fence, kept.key))
-    return adopted
+    return Adoption(session=kept.record, turns=adopted)
 
 
 def _take(

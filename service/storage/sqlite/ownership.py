@@ -10,7 +10,8 @@ from secrets import token_bytes
 
 import apsw
 
-from service.storage.records import Owner
+from service.storage.records import OpenTurn, Owner
+from service.storage.rules import NOBODY
 from service.storage.sqlite.ofd_locks import OfdLocks
 
 SECRET_BYTES = 32
@@ -82,6 +83,22 @@ def find_owner(db: apsw.Connection, session_id: str, *, besides: int) -> Owner |
         (session_id, besides),
     ).fetchone()
     return None if row is None else Owner(fence=row[0], address=row[1])
+
+
+def find_open_turn(db: apsw.Connection, session_id: str, turn_id: str, *, me: int) -> OpenTurn | None:
+    """As :meth:`~service.storage.store.Store.find_open_turn` says."""
+    row = db.execute(
+        "SELECT turns.owner, sessions.owner, fence, address FROM turns JOIN sessions ON sessions.key = session "
+        "LEFT JOIN owners ON fence = sessions.owner "
+        "WHERE turns.id = ? AND sessions.id = ? AND turns.owner IS NOT NULL AND deletion = 0",
+        (turn_id, session_id),
+    ).fetchone()
+    if row is None:
+        return None
+    owner, owner_of_session, fence, address = row
+    if fence is not None and fence != me:
+        return OpenTurn(owner=Owner(fence=fence, address=address))
+    return OpenTurn(is_suspended=owner == NOBODY and owner_of_session in (NOBODY, me))
 
 
 def owner_of(db: apsw.Connection, fence: int) -> Owner:

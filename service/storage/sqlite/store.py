@@ -20,7 +20,7 @@ from service.storage import rules
 from service.storage.page_cursor import decode_session_cursor, decode_turn_cursor
 from service.storage.pieces import Run, skip, split, text_of
 from service.storage.records import (
-    AdoptedTurn,
+    Adoption,
     BegunTurn,
     Checkpoint,
     EndResult,
@@ -28,12 +28,14 @@ from service.storage.records import (
     IdempotencyKey,
     LeftOut,
     Match,
+    OpenTurn,
     Owner,
     Page,
     Places,
     SessionPatch,
     SessionRecord,
     SessionStatus,
+    SuspendedSession,
     SuspendedTurn,
     TitleSource,
     TreeNode,
@@ -60,7 +62,7 @@ from service.storage.sqlite import (
 )
 from service.storage.sqlite.event_pages import fits_in_turn
 from service.storage.sqlite.open_files import OpenFiles
-from service.storage.sqlite.ownership import Ownership, find_owner, is_oldest
+from service.storage.sqlite.ownership import Ownership, find_open_turn, find_owner, is_oldest
 from service.storage.sqlite.reader import Reader
 from service.storage.sqlite.rows import STAGED_MARK
 from service.storage.sqlite.tree_changes import Progress
@@ -504,18 +506,22 @@ class SqliteStore:
 
     async def adopt_turns(
         self,
-        session_id: str,
+        session_ids: Sequence[str],
         *,
         now: datetime,
         continues: Callable[[TurnRecord], bool],
         running: Collection[str] = (),
-    ) -> Sequence[AdoptedTurn]:
+        path_bytes_max: Callable[[TurnRecord], int | None] | None = None,  # noqa: ARG002  a read costs no more here
+    ) -> Mapping[str, Adoption]:
         return await self._writing.call(
-            lambda db: adoptions.adopt(db, session_id, self._ownership, now, continues=continues, running=running)
+            lambda db: adoptions.adopt(db, session_ids, self._ownership, now, continues=continues, running=running)
         )
 
-    async def list_suspended(self, *, limit: int, idle_since: datetime) -> Sequence[str]:
-        return await self._looking.call(lambda db: suspensions.list_page(db, limit=limit, idle_since=idle_since))
+    async def list_suspended(self, *, limit: int) -> Sequence[SuspendedSession]:
+        return await self._looking.call(lambda db: suspensions.list_page(db, limit=limit))
+
+    async def find_open_turn(self, session_id: str, turn_id: str) -> OpenTurn | None:
+        return await self._looking.call(lambda db: find_open_turn(db, session_id, turn_id, me=self.fence))
 
     async def get_turn(self, session_id: str, turn_id: str, *, now: datetime, with_texts: bool = True) -> TurnRecord:
         return await self._looking.call(lambda db: turns.get(db, session_id, turn_id, now, with_texts=with_texts))

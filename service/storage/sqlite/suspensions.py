@@ -12,7 +12,7 @@ import msgspec
 
 from service.storage import rules, turn_options
 from service.storage.moments import moment
-from service.storage.records import TurnRecord, text_length
+from service.storage.records import SuspendedSession, TurnRecord, text_length
 from service.storage.rules import NOBODY
 from service.storage.sqlite.rows import Row, as_json, values_of
 
@@ -43,8 +43,10 @@ _WAITING = (
     f"WHERE owner IN ({NOBODY}, :others) AND +session = :session ORDER BY ordinal"
 )
 _LIST = (
-    f"SELECT id FROM sessions WHERE key IN (SELECT session FROM turns WHERE owner = {NOBODY}) "
-    f"AND owner = {NOBODY} AND deletion = 0 AND last_accessed_at <= ? ORDER BY last_accessed_at, id LIMIT ?"
+    f"SELECT waiting.id, substr(options, -{turn_options.TAIL_BYTES}) FROM turns JOIN ("
+    f"SELECT key, id, last_accessed_at FROM sessions WHERE key IN (SELECT session FROM turns WHERE owner = {NOBODY}) "
+    f"AND owner = {NOBODY} AND deletion = 0 ORDER BY last_accessed_at, id LIMIT ?"
+    f") AS waiting ON waiting.key = session WHERE owner = {NOBODY} ORDER BY last_accessed_at, waiting.id"
 )
 
 
@@ -100,6 +102,8 @@ def first_waiting(db: apsw.Connection, session: int, *, others: int | None) -> s
     return turn_options.first_waiting(rows)
 
 
-def list_page(db: apsw.Connection, *, limit: int, idle_since: datetime) -> Sequence[str]:
-    rows: list[Row] = db.execute(_LIST, (moment(idle_since), limit)).fetchall()
-    return [row[0] for row in rows]
+def list_page(db: apsw.Connection, *, limit: int) -> Sequence[SuspendedSession]:
+    tails: dict[str, list[bytes | str | None]] = {}
+    for session_id, tail in db.execute(_LIST, (limit,)):
+        tails.setdefault(session_id, []).append(tail)
+    return [SuspendedSession(id=it, awaits_client=turn_options.awaits_client(tails[it])) for it in tails]

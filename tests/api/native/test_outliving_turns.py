@@ -17,6 +17,7 @@ from tests.api.inprocess import SSE, Api, Reply, open_api
 
 MODEL = "scripted:?tokens=30&rate=10&first_token_s=0"
 """A reply of 30 tokens, which takes three seconds."""
+LONG = "scripted:?tokens=100&rate=1&first_token_s=0"
 SLOW = "scripted:?tokens=30&rate=1&first_token_s=0"
 """The same reply in half a minute, which is longer than a turn waits for its clients."""
 WHOLE = "".join(f"{number} " for number in range(30))
@@ -159,8 +160,8 @@ async def test_a_caller_behind_another_process_keeps_its_turn_running_if_it_may_
 ) -> None:
     """The other process passes the call on, and closes the connection in whatever way."""
     for may, state in (("read talk", "completed"), ("read", "cancelled")):
-        reply = await cut({"on_interrupt": "continue"}, model=SLOW, sse=False)
-        async with open_api(model_url=SLOW) as api:
+        reply = await cut({"on_interrupt": "continue"}, model=LONG, sse=False)
+        async with open_api(model_url=LONG) as api:
             passed_on: dict[str, Any] = {"headers": {CALLER.decode(): f"{may};"}, "scope": {PEER: bool}}
             turn = await ended(api, reply.headers["location"], "?wait=4", pause_s=1, **passed_on)
             assert turn["state"] == state
@@ -202,7 +203,7 @@ async def test_the_setting_decides_about_turns_that_do_not_say_so(
     reply = await cut({}, on_interrupt="retry")
     async with open_api(model_url=MODEL) as api:
         turn = (await api.call("GET", reply.headers["location"])).json
-        assert (turn["state"], turn["on_interrupt"], turn["attempt"]) == ("running", "retry", 1)
+        assert (turn["state"], turn["on_interrupt"], turn["attempt"]) == ("running", "retry", 2)
         retried = await api.call(
             "POST", f"{reply.headers['location']}/retry", {"on_interrupt": "continue", "background": True}
         )

@@ -11,8 +11,9 @@ from trio.testing import MockClock
 
 from service.sessions.active.suspensions import Suspensions
 from service.sessions.events import outcome
-from service.sessions.turns.turn import Turn
+from service.sessions.turns.turn import Turn, restored_log
 from service.settings import Settings
+from service.steps import at_once
 from service.storage.memory import MemoryStore
 from service.storage.pieces import STARTED, Run
 from service.storage.records import Item, SuspendedTurn
@@ -57,13 +58,15 @@ def turns_with(*lengths: int, stored: bool = False) -> list[Turn]:
 def _turn_with(turn_id: str, length: int, *, stored: bool) -> Turn:
     pieces = Run(0, bytes([PIECE_LENGTH]) * (length // PIECE_LENGTH))
     item = Item(id="out", role="assistant", text="x" * length)
+    settings = Settings()
+    record = msgspec.structs.replace(a_turn(turn_id), output=(item,), last_seq=1 + pieces.events)
     turn = Turn(
-        msgspec.structs.replace(a_turn(turn_id), output=(item,), last_seq=1 + pieces.events),
+        record,
         client=Puppet(),
         system_message=None,
         on_disconnect="continue",
-        settings=Settings(),
-        runs=(Run(STARTED), pieces),
+        settings=settings,
+        log=at_once(restored_log(record, (Run(STARTED), pieces), bytes_max=settings.log_bytes_max)),
     )
     if not stored:
         turn.stored_seq = 1

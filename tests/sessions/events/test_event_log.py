@@ -3,6 +3,7 @@
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -31,7 +32,8 @@ from service.sessions.events.events import (
     TurnStarted,
 )
 from service.sessions.events.kept_events import opening_of, runs_of
-from service.storage.pieces import join, texts_by_item
+from service.steps import at_once
+from service.storage.pieces import STARTED, Run, join, texts_by_item
 from service.storage.records import Failure
 from tests.sessions.puppet import frames_of
 from tests.storage.rows import a_turn
@@ -216,12 +218,14 @@ def test_a_log_with_gaps_is_read_from_any_seq_live_and_restored(parts: list[Any]
     told = list(live.events())
     restored = EventLog(bytes_max=MIB)
     turn = msgspec.structs.replace(a_turn("t", "s"), model="m")
-    restored.restore(
+    texts = live.texts()
+    steps = restored.restore(
         live.runs(),
-        live.text(),
+        [texts.get(0, ""), texts.get(1, "")],
         event_of=partial(opening_of, turn),
         kind_of=lambda item: (TurnDelta, TurnReasoning)[item],
     )
+    at_once(steps)
     assert restored.size == live.size
     edges = [
         seq for event in told if isinstance(event, TurnResumed) for seq in (event.seq - 2, event.seq - 1, event.seq)
@@ -528,3 +532,18 @@ def test_stored_is_in_an_event_only_if_it_is_false() -> None:
     end = TurnCancelled(seq=2, reason="requested", text_length=0)
     assert b"stored" not in encode_frame(end)
     assert b'"stored":false' in encode_frame(TurnCancelled(seq=2, reason="requested", text_length=0, stored=False))
+
+
+def test_a_long_log_is_restored_in_steps_of_few_events() -> None:
+    pieces = 20_000
+    log = EventLog(bytes_max=MIB)
+    steps = log.restore(
+        [Run(STARTED), Run(0, b"\x03" * pieces)],
+        ["abc" * pieces],
+        event_of=partial(opening_of, a_turn("t", "s")),
+        kind_of=lambda _: TurnDelta,
+    )
+    seqs = [0, *(log.last_seq for _ in steps)]
+    assert max(after - before for before, after in pairwise(seqs)) <= 65
+    assert log.last_seq == pieces + 1
+    assert log.text() == "abc" * pieces

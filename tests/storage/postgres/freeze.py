@@ -33,7 +33,7 @@ from service.storage.records import (
     TurnRecord,
 )
 from tests.postgres_server import PostgresServer, start_server
-from tests.storage.rows import T0, a_session, a_turn, at, contents, ended, said
+from tests.storage.rows import T0, a_session, a_turn, adopt, at, contents, ended, said
 
 FIXTURES = Path(__file__).parent / "fixtures"
 KEY = IdempotencyKey(caller="ann", key="a", fingerprint=b"\x00f")
@@ -181,8 +181,8 @@ async def _suspend_and_adopt(store: PostgresStore) -> None:
             turn, output=(Item(id=f"{turn.id}-out", role="assistant", text="so far"),), last_seq=2
         )
         await store.suspend_turns([SuspendedTurn(turn=so_far, runs=said("so", " far"))], now=T0)
-        await store.list_suspended(limit=10, idle_since=at(1))
-        (adopted,) = await store.adopt_turns("moved", now=T0, continues=lambda it: it.on_interrupt == "continue")
+        await store.list_suspended(limit=10)
+        (adopted,) = await adopt(store, "moved", now=T0, continues=lambda it: it.on_interrupt == "continue")
         text = "so far" if mode == "continue" else "anew"
         done = msgspec.structs.replace(ended(adopted.turn, text=text), last_seq=adopted.turn.last_seq + 1)
         await store.end_turn(done, runs=adopted.runs if mode == "continue" else _runs_of(done), now=T0)
