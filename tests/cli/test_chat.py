@@ -365,6 +365,19 @@ async def test_a_hostile_reply_does_nothing_to_the_terminal(server: Served, tmp_
         assert await terminal.ends() == 0
 
 
+async def test_a_message_of_wide_characters_is_drawn_anew_when_the_size_changes(server: Served, tmp_path: Path) -> None:
+    async with open_terminal("chat", "--url", server.url, folder=tmp_path, columns=20) as terminal:
+        await terminal.shows(is_asking)
+        await terminal.type("世界 in a message of two rows")
+        await terminal.shows("> 世界 in a message\n of two rows")
+        terminal.resize(60, 24)
+        await terminal.shows("> 世界 in a message of two rows")
+        await terminal.type("\x01\x1b[C\x1b[C\x17")  # deletes the word before the third place
+        await terminal.shows(">  in a message of two rows")
+        await terminal.type("\x03\x04")
+        assert await terminal.ends() == 0
+
+
 async def test_a_lost_connection_is_told_and_the_reply_goes_on_where_it_was(server: Served, tmp_path: Path) -> None:
     async with open_cutting_proxy(server.port, cut_after_seq=9) as proxy:
         url = f"http://127.0.0.1:{proxy.port}"
