@@ -24,6 +24,8 @@ NOT_RUN = {
         "needs a model server",
         "binds the machine's addresses",
     ],
+    "docs/admin.md": ["needs a server", "needs a server", "needs a server"],
+    "docs/traces.md": ["installs into an environment, and needs a collector"],
     "bench/README.md": ["measures for minutes", "measures for minutes"],
     "docs/operations.md": [
         "installs into /opt",
