@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from math import inf
+from typing import Any
 
+import msgspec
 import trio
 
 from service.ids import owner_of, public_id
@@ -215,7 +217,7 @@ class LiveTree:
 
     def _new(self, thing: object, parent: str | None, kind: str, name: str) -> "_Item":
         self._items += 1
-        return _Item(self._items, thing, parent, kind, name)
+        return _Item(self._items, thing, parent, kind, name, str(self._items), thing)
 
     def _visit(self, item: "_Item", notes: Notes) -> Steps[Iterable["_Item"]]:
         """Make the item's node, and return the items below it."""
@@ -227,14 +229,16 @@ class LiveTree:
             return (yield from self._tasks_of(item, thing))
         if isinstance(thing, trio.CancelScope):
             item.make(notes, notes.named.get(thing), thing)
-            return item.children.values()  # as the visit of its task has put them there
+            return (item.children or {}).values()  # as the visit of its task has put them there
         item.make(notes, item.noted)
-        before, item.children = item.children, {}
-        return self._add(item, before, notes.below.get(thing, ()))
+        before, item.children = item.children or {}, None
+        added = notes.below.get(thing, ())
+        return self._add(item, before, added) if added else ()
 
     def _tasks_of(self, item: "_Item", nursery: trio.Nursery) -> Steps[Iterable["_Item"]]:
         """The tasks of a nursery, in the order in which looks have found them."""
-        tasks, known = nursery.child_tasks, item.children
+        tasks = nursery.child_tasks
+        known = item.children = {} if item.children is None else item.children
         for task in known.keys() - tasks:
             del known[task]
         for count, task in enumerate(tasks - known.keys(), 1):
@@ -278,11 +282,13 @@ class LiveTree:
             added = [(self, Node(parent=None, kind="stream", name="live tree", state="open", since=since))]
         if item.parent is None:
             added = [*added, *notes.below.get(None, ())]
-        before, item.children = item.children, {}
+        before, item.children = item.children or {}, None
         if not scopes:
             return self._add(item, before, added) if added else ()
         nurseries = {nursery.cancel_scope: nursery for nursery in task.child_nurseries}
         holder = item
+        below: dict[Any, _Item] = {}
+        item.children = below
         for scope in scopes:
             if scope is merged:
                 continue
@@ -291,10 +297,10 @@ class LiveTree:
             if part is None:
                 kind, name = ("scope", "") if thing is scope else ("nursery", "nursery")
                 part = self._new(thing, holder.id, kind, name)
-            holder.children[thing] = part
+            below[thing] = part
             if thing is scope and thing in notes.named:
-                holder = part
-                before, part.children = part.children, {}
+                holder, before, below = part, part.children or {}, {}
+                part.children = below
         if added:
             self._add(holder, before, added)
         return item.children.values()
@@ -303,55 +309,41 @@ class LiveTree:
         self, holder: "_Item", before: dict[object, "_Item"], added: Iterable[tuple[object, Node]]
     ) -> Iterable["_Item"]:
         """Put what is noted below a thing among the items below it."""
+        below = holder.children or {}
         for thing, node in added:
             part = before.get(thing)
             if part is None:
                 part = self._new(thing, holder.id, node.kind, node.name)
             part.noted = node
-            holder.children[thing] = part
-        holder.children = dict(sorted(holder.children.items(), key=lambda pair: pair[1].number))
+            below[thing] = part
+        holder.children = dict(sorted(below.items(), key=lambda pair: pair[1].number))
         return holder.children.values()
 
 
-class _Item:
-    """What is mirrored of one thing.
+class _Item(msgspec.Struct, gc=False):
+    """What is mirrored of one thing. No circle leads through it, and the collector need not know of thousands of these.
 
     Attributes:
         number: Grows with each item, also as the id.
         stands_for: The thing, or the scope whose name it has.
+        children: The items below it, by their things; None if there were none.
         noted: The node that a part of the service has made for this look.
         node: The node of the last look.
     """
 
-    __slots__ = (
-        "children",
-        "id",
-        "kind",
-        "name",
-        "node",
-        "noted",
-        "number",
-        "owner",
-        "parent",
-        "session",
-        "stands_for",
-        "state",
-        "thing",
-    )
-
-    def __init__(self, number: int, thing: object, parent: str | None, kind: str, name: str) -> None:
-        self.number = number
-        self.id = str(number)
-        self.thing = self.stands_for = thing
-        self.parent = parent
-        self.kind = kind
-        self.name = name
-        self.session: str | None = None
-        self.owner: str | None = None
-        self.children: dict[object, _Item] = {}
-        self.noted: Node | None = None
-        self.node: Node | None = None
-        self.state: tuple[float, bool, bool] | None = None
+    number: int
+    thing: Any
+    parent: str | None
+    kind: str
+    name: str
+    id: str
+    stands_for: Any
+    session: str | None = None
+    owner: str | None = None
+    children: "dict[Any, _Item] | None" = None
+    noted: Node | None = None
+    node: Node | None = None
+    state: tuple[float, bool, bool] | None = None
 
     def make(
         self,

@@ -22,6 +22,7 @@ async def test_two_workers_show_each_other_and_a_drain_stops_both(tmp_path: Path
         workers: list[dict[str, Any]] = []
         while len(workers) < 2 or {it["status"] for it in workers} != {"serving"}:
             workers = (await client.get("/admin/tree")).json()["workers"]
+            await trio.sleep(0.05)  # the other one needs the processor for its start
         pids = {worker["pid"] for worker in workers}
         for pid in pids:
             snapshot = (await client.get(f"/admin/tree?worker={pid}")).json()
@@ -36,6 +37,7 @@ async def test_two_workers_show_each_other_and_a_drain_stops_both(tmp_path: Path
 
             async def follow(pid: int) -> None:
                 async with client.stream("GET", f"/admin/tree/events?worker={pid}") as stream:
+                    assert stream.status_code == 200
                     name = ""
                     async for line in stream.aiter_lines():
                         if line.startswith("event: "):

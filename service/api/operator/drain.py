@@ -51,6 +51,7 @@ class Draining(msgspec.Struct, frozen=True, kw_only=True):
     answers=(Answer(status=202, description="The shutdown has begun, or had begun before.", body=Draining),),
     errors=(CrossSiteError,),
     body=Drain,
+    needs=("administer",),
 )
 async def drain() -> TrioResponse:
     """Begin the shutdown of the whole server, of all its workers, as SIGTERM would.

@@ -79,6 +79,7 @@ class Shutdowns(msgspec.Struct, frozen=True, kw_only=True):
     id="list_shutdowns",
     answers=(Answer(status=200, description="The last shutdowns.", body=Shutdowns),),
     errors=(CrossSiteError,),
+    needs=("administer",),
     query=ShutdownsQuery,
 )
 async def list_shutdowns() -> TrioResponse:
