@@ -39,7 +39,6 @@ async function route() {
   }
   const view = VIEWS.find((it) => it.id === parts[0]);
   if (!view) {
-    if (location.hash === "#main") return; // the link to skip the header
     location.replace(addressOf([VIEWS[0].id]));
     return;
   }
@@ -236,6 +235,10 @@ document.addEventListener("keydown", (event) => {
   shortcut.act();
 });
 
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address is that of the view
+  main.focus();
+});
 addEventListener("hashchange", route);
 showTheme();
 service.probe();

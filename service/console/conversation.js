@@ -444,7 +444,7 @@ export class Conversation {
       onEvent: (event, stream) => {
         if (!isMine()) return;
         view.take(event, stream);
-        if (event.type === "turn.started" || event.type === "turn.queued") this.#showRunning();
+        if (event.type === "turn.started" || event.type === "turn.queued" || view.hasEnded) this.#showRunning();
       },
       onOpen: () => {
         if (!isMine()) return;
@@ -505,6 +505,7 @@ export class Conversation {
   #showRunning() {
     const running = this.#running;
     this.#stop.hidden = running.length === 0;
+    this.#send.hidden = running.length > 0 && !this.#box.value.trim();
     this.#send.querySelector("span").textContent = running.length && !this.#editing ? "Queue" : "Send";
     this.#send.title = running.length ? "Sent when the reply that is written now has ended" : "Enter";
   }
@@ -604,6 +605,7 @@ export class Conversation {
 
   #typed() {
     this.#fit();
+    this.#showRunning();
     if (this.#status.dataset.kind === "error") this.#say("");
   }
 

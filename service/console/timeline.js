@@ -9,6 +9,7 @@ const MOMENTS_MAX = 60;
 const GAP_MS = 1500; // a silence that is worth a word
 const CATCHING_UP_MS = 120; // events that come so soon after a return were waiting for it
 const FAR = 1 << 30; // seqs from here on come after a crash: those between belong to no event
+const BURST = 10; // events in one bin: more are as high, or the others would be too low to see
 const HEIGHT = 92;
 const BAR_TOP = 10;
 const BAR_HEIGHT = 54;
@@ -249,11 +250,11 @@ export class Timeline {
     if (atOf("queued") !== undefined || (log.isRecord && started)) block("queued", log.startedAt, started ?? now);
     if (log.isRecord) block("ran", started ?? now, now);
     else block("waited", started ?? log.startedAt, first ?? now);
-    const most = Math.max(4, ...log.bins.map((it) => it.events));
+    const most = Math.min(BURST, Math.max(4, ...log.bins.map((it) => it.events)));
     for (const bin of log.bins) {
-      const height = Math.max(3, (Math.log1p(bin.events) / Math.log1p(most)) * (BAR_HEIGHT - 8));
+      const height = Math.max(3, (Math.log1p(Math.min(bin.events, most)) / Math.log1p(most)) * (BAR_HEIGHT - 8));
       const left = x(bin.at);
-      const wide = Math.max(1.5, x(bin.at + log.binMs) - left - 0.75);
+      const wide = Math.max(bin.isLate ? 4 : 1.5, x(bin.at + log.binMs) - left - 0.75);
       parts.push(svg("rect", { class: bin.isLate ? "late" : "tokens", x: left, y: BAR_TOP + BAR_HEIGHT - height, width: wide, height, rx: 1 }));
     }
     log.moments.forEach((moment, index) => {

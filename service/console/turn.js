@@ -137,7 +137,7 @@ export class TurnView {
   /** The stream waits for its connection, or has it. */
   waiting(isWaiting) {
     this.element.classList.toggle("is-away", isWaiting);
-    if (this.#cutButton) this.#cutButton.disabled = isWaiting || this.hasEnded;
+    if (this.#cutButton) this.#cutButton.disabled = isWaiting;
     this.#timeline?.touch();
   }
 
@@ -257,7 +257,7 @@ export class TurnView {
 
   #showState(state, told = {}) {
     this.element.dataset.state = state;
-    if (this.#cutButton) this.#cutButton.disabled = this.hasEnded;
+    if (this.#cutButton) this.#cutButton.hidden = this.hasEnded;
     if (state === "queued") return this.#sayEnd("Waits until the reply before it has ended.");
     const words = this.hasEnded ? ended({ state, ...told }) : "";
     this.#sayEnd(words, ["interrupted", "failed"].includes(state));
