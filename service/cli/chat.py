@@ -98,13 +98,16 @@ class _Relay:
         self._client.bounds = Bounds(pause_max_s=3)
         session_id, model = self._arguments.session, self._arguments.model
         self._stream = await _sent(self._client, message, session_id=session_id, model=model, view=self._view)
+        failed: LastcallError | None = None
         try:
             await _show_all(self._stream, self._view)
         except OutputClosedError:
             return exit_codes.OUTPUT_CLOSED
-        except LastcallError:
+        except LastcallError as error:
+            failed = error
+        if failed is not None:
             await self._view.cut_off()
-            raise
+            raise failed
         end = self._stream.end
         is_whole = end is not None and end.type == "turn.completed"
         return exit_codes.OK if is_whole and self._view.is_exact else exit_codes.FAILED

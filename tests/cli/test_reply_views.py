@@ -109,6 +109,16 @@ def test_lines_that_are_not_printed_yet_can_be_taken_back_in_a_pipe(capfd: pytes
     )
 
 
+def test_the_line_that_has_begun_is_printed_if_the_reply_is_given_up(capfd: pytest.CaptureFixture[str]) -> None:
+    async def show() -> None:
+        view = PlainView(Output(encoding="utf-8"))
+        await _show(view, [delta("one\ntw"), delta("o")])
+        await view.cut_off()
+
+    trio.run(show)
+    assert capfd.readouterr() == ("one\ntwo\n", "")
+
+
 def test_lines_that_a_crash_took_back_after_they_were_printed_are_told(capfd: pytest.CaptureFixture[str]) -> None:
     resumed: Step = ("turn.resumed", {"text_length": 2}, "on")
     out, err, is_exact = printed(capfd, delta("one\ntwo\n"), resumed, delta("ly"), DONE)
