@@ -254,6 +254,25 @@ async def test_a_trace_that_the_caller_does_not_take_is_not_taken_here() -> None
     assert len(exporter.get_finished_spans()) == 1, "of the request that made the session"
 
 
+async def test_the_sampler_and_the_service_s_name_are_those_of_the_standard_variables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.0")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=chat,team=blue")
+    exporter = InMemorySpanExporter()
+    async with open_tracing(exporter=exporter, flush_deadline=lambda: inf) as tracing:
+        tracing.begin("a", "server", parent={"traceparent": CALLER}).end()
+    assert exporter.get_finished_spans() == ()
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "1.0")
+    exporter = InMemorySpanExporter()
+    async with open_tracing(exporter=exporter, flush_deadline=lambda: inf) as tracing:
+        tracing.begin("a", "server").end()
+    [span] = exporter.get_finished_spans()
+    about = span.resource.attributes
+    assert (about["service.name"], about["team"]) == ("chat", "blue")
+
+
 async def test_without_traces_no_field_of_them_goes_to_the_model() -> None:
     model = Model()
     with trio.fail_after(CAP_S):
