@@ -156,8 +156,9 @@ class Replica:
     def _signal(self, number: int, cause: Literal["killed", "stopped"] | None = None) -> None:
         if self.process is None or self.process.gone is not None:
             return
-        if cause is not None and self._cause != "killed":
-            self._cause = cause
+        if cause is not None:
+            self._cause = "killed" if self._cause == "killed" else cause
+            self.serving = trio.Event()  # a caller that waits from here on waits for the next process
         try:
             self.process.signal_group(number)
         except ServerFailedError:

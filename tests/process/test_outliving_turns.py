@@ -16,6 +16,7 @@ import httpx
 import pytest
 import trio
 
+from tests.postgres_server import PostgresServer
 from tests.process.clients import new_session, open_client, owner_of, start
 from tests.process.lastcall import (
     CONFIGURED_2,
@@ -56,6 +57,7 @@ class Resuming:
         ends: The terminal events that it was told.
         modes: How its turn went on, each time.
         refusals: The statuses of the answers that were no streams.
+        moves: How many streams said that the turn goes on elsewhere.
     """
 
     def __init__(self, path: str = "", *, asks: dict[str, Any] | None = None) -> None:
@@ -63,6 +65,7 @@ class Resuming:
         self.ends: list[dict[str, Any]] = []
         self.modes: list[str] = []
         self.refusals: list[int] = []
+        self.moves = 0
         self.seqs: list[int] = [0]
         self.begun = trio.Event()
         self.grown = trio.Event()
@@ -79,6 +82,7 @@ class Resuming:
                     if response.status_code != 200:
                         self.refusals.append(response.status_code)
                     async for line in response.aiter_lines():
+                        self.moves += line == ": moved"
                         if line.startswith("data: ") and response.status_code == 200:
                             self._take(json.loads(line.removeprefix("data: ")))
             except httpx.TransportError:
@@ -154,6 +158,47 @@ async def test_over_a_restart_a_turn_goes_on_as_it_was_asked_to(tmp_path: Path) 
     ]
     for name in ("continue", "retry"):
         assert clients[name].seqs == list(range(len(clients[name].seqs))), "an orderly stop leaves no gap"
+
+
+async def test_a_turn_of_a_replica_that_stops_goes_on_in_the_other_one(
+    tmp_path: Path, postgres: PostgresServer
+) -> None:
+    """Two services on one PostgreSQL database. One client comes back to the other one, and one was there already."""
+    with postgres.empty_schema() as schema:
+        settings: dict[str, Any] = {
+            "LASTCALL_STORE_URL": postgres.url,
+            "store_schema": schema,
+            "model_url": SHORT,
+            "drain_timeout_s": 0.2,
+        }
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+        async with (
+            open_lastcall(SERVE, tmp_path / "one", **settings) as one,
+            open_lastcall(SERVE, tmp_path / "two", **settings) as two,
+            open_client(one) as [at_one],
+            open_client(two) as [at_two],
+            trio.open_nursery() as nursery,
+        ):
+            session = await new_session(at_one, "s")
+            path = await start(at_one, session, on_interrupt="continue")
+            comes_back, stays = Resuming(path), Resuming(path)
+            nursery.start_soon(stays.follow, at_two)
+            nursery.start_soon(partial(comes_back.follow, at_one, again=False))
+            for it in (comes_back, stays):
+                await it.begun.wait()
+            one.signal_main(signal.SIGTERM)
+            assert (await wait_gone(one)).exit_code == 0
+            assert (comes_back.moves, comes_back.ends) == (1, [])
+            await comes_back.follow(at_two)
+        [report] = reports(one)
+        assert (report["turns_suspended"], report["turns_interrupted"]) == (1, 0)
+        for it in (comes_back, stays):
+            assert (it.text, it.modes) == (whole(TOKENS), ["continue"])
+            assert [end["type"] for end in it.ends] == ["turn.completed"]
+            assert it.seqs == list(range(len(it.seqs)))
+        ends = postgres.run(f"SELECT state, owner FROM {schema}.turns")
+        assert ends == [("completed", None)]
 
 
 async def test_the_turns_of_a_killed_worker_go_on_in_the_other_one(tmp_path: Path) -> None:
