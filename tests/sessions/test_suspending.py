@@ -38,12 +38,13 @@ from service.sessions.events.events import (
 )
 from service.sessions.sessions import ADOPTION_PAUSE_S
 from service.sessions.turns.turn import CLIENT_RETURNS_S, RETURN_S, Turn
+from service.sessions.turns.turn_task import UNTOLD_MAX_S
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.storage.pieces import Run
-from service.storage.records import Adoption, OpenTurn, SessionPatch, SuspendedTurn
+from service.storage.records import Adoption, EndResult, OpenTurn, SessionPatch, SuspendedTurn, TurnRecord
 from service.storage.rules import HANDED_OVER_ATTEMPTS_MAX
 from service.storage.sqlite import open_sqlite_store
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
@@ -935,6 +936,72 @@ async def test_a_queued_turn_that_another_process_has_does_not_start_and_ends_th
                 assert turn.log.is_moved
                 assert len(stage.puppet.asked) == 1
                 assert (await store.get_turn("s", turn.id, now=stage.clock())).state == "queued"
+
+
+# Where the store does not take the end
+
+
+class RefusesEnds(MemoryStore):
+    """Refuses ends while it ``refuses``."""
+
+    refuses = True
+
+    async def end_turn(self, turn: TurnRecord, **rest: Any) -> EndResult:
+        if self.refuses:
+            raise StoreError("disk full")
+        return await super().end_turn(turn, **rest)
+
+
+async def test_an_end_that_the_store_refuses_is_told_once_the_store_has_it(autojump_clock: MockClock) -> None:
+    store = RefusesEnds()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, CONTINUES, "Hello")
+        reply.finish()
+        await trio.sleep(UNTOLD_MAX_S / 2)
+        assert (turn.state, turn.log.closed) == ("running", False)
+        store.refuses = False
+        record = await turn.wait_ended()
+        assert (record.state, record.stored) == ("completed", True)
+        assert kinds(list(turn.log.events()))[-1] == "turn.completed"
+
+
+@pytest.mark.parametrize("stops", [True, False])
+async def test_an_end_that_the_store_still_refuses_is_not_told_because_another_process_may_run_the_turn_again(
+    stops: bool, autojump_clock: MockClock
+) -> None:
+    store = RefusesEnds()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, CONTINUES, "Hello")
+        reply.finish()
+        await trio.sleep(1)
+        if stops:
+            await suspend(stage)
+        with trio.fail_after(2 * UNTOLD_MAX_S):
+            with pytest.raises(TurnMovedError):
+                await turn.wait_ended()
+        assert kinds(list(turn.log.events())) == ["turn.started", "turn.delta"]
+        assert (turn.log.is_moved, stage.sessions.pending_writes.turns) == (True, 1)
+        # The release phase of a stop, or the recovery, tries again.
+        store.refuses = False
+        await stage.sessions.pending_writes.retry()
+        assert (await stage.sessions.get_turn("s", turn.id)).state == "completed"
+        assert kinds(await events_of(stage, turn.id))[-1] == "turn.completed"
+
+
+async def test_an_end_of_a_turn_that_fails_in_a_stop_is_told_as_ever_where_the_store_refuses_it(
+    autojump_clock: MockClock,
+) -> None:
+    store = RefusesEnds()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        turn, reply = await begun(stage, msgspec.structs.replace(CONTINUES, on_interrupt="fail"), "Hello")
+        reply.finish()
+        record = await turn.wait_ended()
+        assert (record.state, record.stored) == ("completed", False)
+        store.refuses = False
+        await stage.sessions.pending_writes.retry()
 
 
 # Many at once

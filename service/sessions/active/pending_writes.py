@@ -66,11 +66,18 @@ class PendingWrites:
     # Ends of turns
 
     def add_end(self, turn: Turn) -> None:
-        """Keep an end that is not in the store, and publish the end if the turn has not done so."""
+        """Keep an end that is not in the store, and publish the end if the turn has not done so.
+
+        That of a turn that outlives its process is not told before the store has it.
+        """
         self.refusal = self.refusal or StoreError("The store did not take the end of a turn.")
         if not turn.ended.is_set():
-            turn.conclude(turn.finish(self._clock()), stored=False)
-            log_end(turn)
+            record = turn.finish(self._clock())
+            if turn.outlives:
+                turn.leave(record)
+            else:
+                turn.conclude(record, stored=False)
+                log_end(turn)
         self._ends[turn.id] = turn
 
     @property

@@ -33,7 +33,9 @@ from service.telemetry.refusal_log import causes_of
 logger = structlog.get_logger("lastcall.turn")
 
 UNTOLD_MAX_S = 60.0
-"""How long an end waits for a store that is away, where this process has its turns on a lease."""
+"""How long an end waits for a store that does not take it, where another process may tell another end."""
+RETRY_S = 1.0
+"""The pause between two attempts, where no beat tells that the store is back."""
 
 
 class Suspend(Protocol):
@@ -87,6 +89,8 @@ async def end_turn(
     Where this process has its turns on a lease, another one may have ended the turn. So an end that the store has not
     taken waits for the store, up to :data:`UNTOLD_MAX_S`, but not in a stop. Then it is published only if this process
     is certain of its turns; else the turn is left without an end, and so it is once this process has lost its turns.
+    The end of a turn that outlives its process waits on any store, and is published only once the store has it: if this
+    process stops before, another one runs the turn again, and tells its end.
     So is a turn that outlives its process, on any store, if another process goes on with it: that one tells its end.
 
     Args:
@@ -118,7 +122,7 @@ async def end_turn(
 
     stored = await keep()
     try:
-        if store.standing.has_lease and not (stored or turn.is_lost):
+        if (store.standing.has_lease or turn.outlives) and not (stored or turn.is_lost):
             stored = await _wait_kept(turn, keep, standing=store.standing, stop=stop)
     finally:
         _publish(turn, record, stored=stored, standing=store.standing)
@@ -130,7 +134,10 @@ async def _wait_kept(turn: Turn, keep: Callable[[], Awaitable[bool]], *, standin
     logger.warning("the end of a turn waits for the store", turn_id=turn.id)
     with trio.move_on_after(UNTOLD_MAX_S), stop.until(Phase.INTERRUPTING):
         while not turn.is_lost:
-            await standing.wait_beat()
+            if standing.has_lease:
+                await standing.wait_beat()
+            else:
+                await trio.sleep(RETRY_S)
             if standing.is_lost:
                 return False
             if await keep():
@@ -142,7 +149,8 @@ def _publish(turn: Turn, record: TurnRecord, *, stored: bool, standing: Standing
     """Publish an end; or leave the turn without one, where another process may have told another end."""
     is_gone = turn.is_lost and not standing.is_lost  # with its session, say
     turn.is_lost = turn.is_lost or (standing.is_lost and not stored)
-    if stored or (not turn.is_elsewhere and (is_gone or standing.is_certain)):
+    may_be_told_unkept = standing.is_certain and not turn.outlives
+    if stored or (not turn.is_elsewhere and (is_gone or may_be_told_unkept)):
         turn.conclude(record, stored=stored)
         log_end(turn)
     else:
