@@ -358,7 +358,7 @@ export class Conversation {
   #submitted(event) {
     event.preventDefault();
     const text = this.#box.value;
-    if (!text.trim() || this.#send.disabled) return;
+    if (!text.trim() || this.#isSending()) return;
     const sent = { key: newName(), input: text, isQueued: this.#running.length > 0 && !this.#editing };
     if (this.#editing) sent.parent = this.#editing.turn.parent;
     if (this.#id === null) {
@@ -374,7 +374,15 @@ export class Conversation {
     else this.#acts.go(sent.sessionId); // opening it sends what is in the outbox
   }
 
+  /** Whether a message is on its way: the next one waits for its answer, so that the two keep their order. */
+  #isSending() {
+    const isSending = this.#pending !== null && !this.#pending.id;
+    if (isSending) this.#say("The message before this one is still on its way.", "wait");
+    return isSending;
+  }
+
   #retry(view) {
+    if (this.#isSending()) return;
     const { id, parent, input } = view.turn;
     const sent = { key: newName(), sessionId: this.#id, retry: id, parent, input };
     outbox.put(sent);
@@ -383,7 +391,7 @@ export class Conversation {
 
   /** Sends what is in the outbox, and follows the turn. */
   #start(sent) {
-    if (this.#pending) this.#drop(this.#pending);
+    if (this.#pending) this.#views.set(this.#pending.id, this.#pending);
     const view = (this.#pending = this.#newView(sent.input));
     if (sent.parent !== undefined) this.#hideAfter(sent.parent);
     this.#log.append(view.element);

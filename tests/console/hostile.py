@@ -32,17 +32,17 @@ HOSTILE = "\n".join(
 )
 
 BOMBS = {
-    "brackets": "[" * 30_000,
+    "brackets": "[" * 20_000,
     "links": "[a](" * 15_000,
     "stars": "*a **b " * 8_000,
     "backticks": "".join("`" * (n % 60 + 1) + "x" for n in range(12_000)),
     "quotes": "> " * 100_000,
-    "items": "\n".join(f"{'  ' * (n % 40)}- x" for n in range(10_000)),
+    "items": "\n".join(f"{'  ' * (n % 40)}- x" for n in range(6_000)),
     "one line": "a" * 1_048_576,
     "code": "```\n" + "x" * 200_000 + "\n" + "y = 1\n" * 40_000,
     "overrides": "\u202ea" * 60_000,
     "emphasis": "*a* " * 22_000,
-    "table": "| a | b |\n|---|---|\n" + "| 1 | **2** |\n" * 3_000,
+    "table": "| a | b |\n|---|---|\n" + "| 1 | **2** |\n" * 2_000,
     "bars": "|" * 40_000 + "\n" + "|-" * 40_000 + "\n",
 }
 """Texts whose parts cost a careless renderer the square of their length, by what they are made of."""
