@@ -30,12 +30,8 @@ async def scrape(client: httpx.AsyncClient, path: str = "/metrics") -> Samples:
     return samples_of(reply.text)
 
 
-async def scrape_often(
-    client: httpx.AsyncClient, scrapes: list[Samples], *, task_status: trio.TaskStatus[None]
-) -> None:
-    """Scrape until cancelled. No count may fall from one scrape to the next one."""
-    scrapes.append(await scrape(client))
-    task_status.started()
+async def scrape_often(client: httpx.AsyncClient, scrapes: list[Samples]) -> None:
+    """Scrape until cancelled, after the scrapes that are there. No count may fall from one scrape to the next one."""
     while True:
         told = await scrape(client)
         assert fallen(scrapes[-1], told) == []
@@ -93,7 +89,6 @@ async def test_no_sum_falls_when_a_worker_is_killed_or_all_are_replaced(tmp_path
         open_lastcall(CONFIGURED_4, tmp_path, model_url=SLOW) as server,
         open_client(server) as [client],
     ):
-        scrapes: list[Samples] = []
         streams = [Stream() for _ in range(TURNS)]
         async with trio.open_nursery() as nursery:
             for number, stream in enumerate(streams):
@@ -103,7 +98,8 @@ async def test_no_sum_falls_when_a_worker_is_killed_or_all_are_replaced(tmp_path
                 await all_begun(streams)
             await wait_until(partial(has, client, "lastcall_turns", "state=running", TURNS))
             during = await scrape(client)
-            await nursery.start(scrape_often, client, scrapes)
+            scrapes = [during]
+            nursery.start_soon(scrape_often, client, scrapes)
             victim = owner_of(tmp_path / "lastcall.db", "/sessions/s0")
             its = sum(owner_of(tmp_path / "lastcall.db", f"/sessions/s{number}") == victim for number in range(TURNS))
             os.kill(victim, signal.SIGKILL)

@@ -2,14 +2,22 @@
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from service.api.http.app_state import METRICS_ONLY
-from service.errors import StoreError
+from service.errors import ModelError, StoreError
+from service.models.client import ModelRequest
+from service.models.retrying import RetryingClient
+from service.steps import at_once
+from service.stop_state import Phase
 from service.storage.sqlite import database
+from service.telemetry.metrics.exposition import exposed
+from service.telemetry.metrics.metrics import Metrics
 from tests.api.inprocess import SSE, Api, open_api
+from tests.sessions.puppet import Puppet
 from tests.telemetry.scrape import Samples, promtool, samples_of
 
 KEYS = {name: f"{name}-key-0123456789" for name in ("plain", "monitor", "root", "reader")}
@@ -193,3 +201,58 @@ async def test_promtool_has_no_complaint() -> None:
     check = [program, "check", "metrics"]
     done = await trio.run_process(check, stdin=text, capture_stdout=True, capture_stderr=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+async def test_a_client_that_cannot_go_on_where_it_stopped_is_a_resume_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_api() as api:
+        end_turn = api.service.store.end_turn
+
+        async def lose_events(turn: Any, **rest: Any) -> Any:
+            return await end_turn(turn, **rest | {"runs": ()})
+
+        monkeypatch.setattr(api.service.store, "end_turn", lose_events)
+        session = await api.new_session()
+        turn = await api.call("POST", f"/sessions/{session}/turns", {"input": "a"})
+        assert (await scrape(api))["lastcall_resume_gaps_total", ""] == 0
+        (await api.call("GET", f"{turn.headers['location']}/events")).problem(410, "events_lost")
+        assert (await scrape(api))["lastcall_resume_gaps_total", ""] == 1
+
+
+async def test_a_stop_counts_its_phases_and_what_it_leaves() -> None:
+    async with open_api(model_url="scripted:?tokens=1000&rate=1") as api:
+        session = await api.new_session()
+        await api.call("POST", f"/sessions/{session}/turns", {"input": "a", "background": True})
+        service, metrics = api.service, api.service.gauges.metrics
+        service.shutdown.notice("test")
+        service.shutdown.hurry()
+        with trio.fail_after(30):
+            await service.shutdown.reached(Phase.RELEASING)
+    service.shutdown.report(tasks_left=2).count(metrics)
+    told = samples_of(at_once(exposed(metrics.memory)).decode())
+    assert turns(told) == {"outcome=interrupted,reason=shutdown": 1}
+    assert told["lastcall_shutdown_tasks_left_total", ""] == 2
+    assert told["lastcall_shutdowns_total", "result=faults"] == 1
+    phases = {labels for name, labels in told if name == "lastcall_shutdown_phase_seconds_count"}
+    assert {f"phase={name}" for name in ("notice", "draining", "interrupting", "releasing", "total")} <= phases
+
+
+async def test_attempts_at_an_upstream_and_their_repetitions_are_counted(autojump_clock: object) -> None:
+    puppet, metrics = Puppet(), Metrics()
+    client = RetryingClient(puppet, retries_max=2, metrics=metrics)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(begin, client)
+        for _ in range(2):
+            reply = await puppet.next_reply()
+            reply.fail(ModelError("rate_limited", "busy", retryable=True))
+        reply = await puppet.next_reply()
+        reply.say("text")
+    told = samples_of(at_once(exposed(metrics.memory)).decode())
+    name = puppet.name
+    assert told["lastcall_upstream_calls_total", f"result=rate_limited,upstream={name}"] == 2
+    assert told["lastcall_upstream_calls_total", f"result=ok,upstream={name}"] == 1
+    assert told["lastcall_upstream_retries_total", f"code=rate_limited,upstream={name}"] == 2
+
+
+async def begin(client: RetryingClient) -> None:
+    async with client.stream(ModelRequest(model="m", prompt=())) as stream:
+        await stream.receive()
