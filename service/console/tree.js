@@ -21,7 +21,7 @@ const LENS = "lastcall.tree.lens";
 /** Shows the view in `root`, until `context.signal`. */
 export function mount(root, context) {
   const { service, signal } = context;
-  const model = new TreeModel({ isOpenAtFirst });
+  const model = new TreeModel();
   let process = null; // what the last snapshot says of its process
   let shutdown = null;
   let clockOf = { clock: 0, at: performance.now() };
@@ -97,7 +97,7 @@ export function mount(root, context) {
     foot,
   );
   root.append(
-    h("header", { class: "view-head" }, h("h2", { text: "Tree" }), live, workerField, h("div", { class: "view-actions" }, drain)),
+    h("header", { class: "view-head" }, h("h1", { text: "Tree" }), live, workerField, h("div", { class: "view-actions" }, drain)),
     trouble,
     content,
   );
@@ -185,7 +185,10 @@ export function mount(root, context) {
       replaced: "Another worker serves in its place",
       gone: "This worker is gone",
     }[reason];
-    if (reason !== "shutdown") worker = null;
+    if (reason === "shutdown") {
+      const held = [...model.nodes.values()].filter(({ parent }) => parent !== null).map(({ id }) => id);
+      note(model.change({ removed: held }), {});
+    } else worker = null;
     showLive("gone", words);
     render();
   }
@@ -362,7 +365,8 @@ export function mount(root, context) {
     const share = whole > 0 ? Math.max(0, Math.min(1, left / whole)) : 0;
     const of = name ? deadlineWords(name) : "";
     return {
-      words: `${of ? `${of} ` : ""}${leftWords(left)}`,
+      of,
+      left: leftWords(left),
       share,
       isNear: left < NEAR_S && share < 0.25 && name !== undefined,
       title: `${of || "The time limit of this scope"}: it is cancelled in ${leftWords(left)}`,
@@ -454,7 +458,7 @@ export function mount(root, context) {
     scroller.focus();
   };
 
-  const detailHead = h("h3", {});
+  const detailHead = h("h2", {});
   const detailKind = h("p", { class: "soft" });
   const detailEnd = h("p", { class: "detail-end", hidden: true });
   const owners = h("ol", { class: "detail-owners", "aria-label": "Owned by, from the outside in" });
@@ -466,7 +470,7 @@ export function mount(root, context) {
     detailEnd,
     fields,
     h("div", { class: "detail-actions" }, follow, copyId),
-    h("h4", { text: "Owned by" }),
+    h("h3", { text: "Owned by" }),
     owners,
   );
 
@@ -591,11 +595,6 @@ export function mount(root, context) {
   setLens(sessionStorage.getItem(LENS) === "everything" ? "everything" : "owners");
   goTo(context.parts);
   run();
-}
-
-/** Whether a node is open before a person has opened or closed it: the insides of clients' connections are not. */
-function isOpenAtFirst({ kind }) {
-  return kind !== "connection";
 }
 
 /** What is left, with a steady width while it counts down. */

@@ -10,12 +10,11 @@ const NEW_MS = 900; // so long a box that has just come is brighter
 const TONES = {
   ink: "--ink",
   soft: "--ink-soft",
-  faint: "--line-strong",
   green: "--green",
   blue: "--blue",
   brass: "--brass",
 };
-const SHADES = { soft: 0.5, faint: 0.32, ink: 0.8 };
+const SHADES = { soft: 0.45, ink: 0.8 };
 
 /**
  * @param {HTMLCanvasElement} canvas

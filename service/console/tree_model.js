@@ -23,12 +23,11 @@
 
 /** A tree of nodes that come and go. */
 export class TreeModel {
-  /** @param {{isShown?: (node: TreeNode) => boolean, isOpenAtFirst?: (node: TreeNode) => boolean}} options */
-  constructor({ isShown = () => true, isOpenAtFirst = () => true } = {}) {
+  /** @param {{isShown?: (node: TreeNode) => boolean}} options which nodes have rows of their own */
+  constructor({ isShown = () => true } = {}) {
     this.nodes = new Map();
     this.roots = [];
     this.isShown = isShown;
-    this.isOpenAtFirst = isOpenAtFirst;
     this.filter = "";
     this.branch = null; // the id of the node whose branch is shown alone
     this._opened = new Map(); // what a person has opened and closed, by id
@@ -110,13 +109,14 @@ export class TreeModel {
       if (value === null) delete node.data[name];
       else node.data[name] = value;
     }
-    if (fields.name !== undefined) node.name = fields.name;
+    node.name = node.data.name;
+    node.kind = node.data.kind; // a scope is a turn's from the moment at which the turn says so
   }
 
   // What is open
 
   isOpen(node) {
-    return this._opened.get(node.id) ?? this.isOpenAtFirst(node);
+    return this._opened.get(node.id) ?? true;
   }
 
   setOpen(node, isOpen) {

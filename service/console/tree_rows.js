@@ -5,12 +5,13 @@
 import { set, write } from "./admin.js";
 import { h, svg } from "./dom.js";
 import { count } from "./format.js";
-import { kindOf, shortName } from "./tree_kinds.js";
+import { isPlumbing, kindOf, shortName } from "./tree_kinds.js";
 
 const BEYOND = 6; // rows above and below what can be seen
 const SLIDES_MAX = 12; // a row that moves further than so many rows jumps
 const FAREWELL_MS = 140;
 const TYPED_MS = 700;
+const LETTER = /^\p{L}$/u; // what a name may begin with: other keys are the page's, unless a name is being typed
 const STEP = 18; // the indent of a level
 const STEP_NARROW = 11;
 
@@ -126,14 +127,15 @@ export function treeRows({ scroller, model, describe, onActive, onChange, isStil
     const state = h("span", { class: "row-state" });
     const details = h("span", { class: "row-details" });
     const left = h("span", { class: "deadline-left" });
+    const leftOf = h("span", { class: "deadline-name" });
     const bar = h("span", { class: "deadline-bar" }, h("i"));
-    const deadline = h("span", { class: "deadline" }, bar, left);
+    const deadline = h("span", { class: "deadline" }, leftOf, left, bar);
     const row = h(
       "div",
       { class: "row", role: "treeitem", id: rowId(id), data: { id } },
       lines, twist, glyph, name, state, details, deadline,
     );
-    return { row, lines, guide, twist, glyph, glyphPath, name, state, details, deadline, left, bar: bar.firstChild, index: -1 };
+    return { row, lines, guide, twist, glyph, glyphPath, name, state, details, deadline, left, leftOf, bar: bar.firstChild, index: -1 };
   }
 
   function fill(element, row) {
@@ -144,6 +146,7 @@ export function treeRows({ scroller, model, describe, onActive, onChange, isStil
       element.kind = node.kind;
       element.row.dataset.kind = node.kind;
       element.row.dataset.tone = kind.tone;
+      set(element.row, "data-plumbing", isPlumbing(node) ? "true" : null);
       if (node.kind === "turn") element.row.dataset.turn = node.data.turn ?? "";
       element.glyph.classList.toggle("filled", kind.isFilled === true);
       element.glyphPath.setAttribute("d", kind.glyph);
@@ -190,11 +193,12 @@ export function treeRows({ scroller, model, describe, onActive, onChange, isStil
     element.guide.setAttribute("d", path);
   }
 
-  function showDeadline({ deadline, left, bar, told }) {
+  function showDeadline({ deadline, left, leftOf, bar, told }) {
     const found = told.deadline?.();
     deadline.hidden = !found;
     if (!found) return;
-    write(left, found.words);
+    write(leftOf, found.of);
+    write(left, found.left);
     set(deadline, "data-near", found.isNear ? "true" : null);
     set(deadline, "title", found.title);
     bar.style.transform = `scaleX(${found.share.toFixed(3)})`;
@@ -262,8 +266,10 @@ export function treeRows({ scroller, model, describe, onActive, onChange, isStil
       " ": () => row && row.isOpen !== null && open(row, !row.isOpen),
       "*": () => row && openSiblings(at),
     }[event.key];
-    if (act !== undefined && !(event.key === " " && isTyping)) act();
-    else if (event.key.length === 1) seek(event.key, at);
+    if (act !== undefined && !(event.key === " " && isTyping)) {
+      typed = "";
+      act();
+    } else if (LETTER.test(event.key) || (isTyping && event.key.length === 1)) seek(event.key, at);
     else return;
     event.preventDefault();
     event.stopPropagation();

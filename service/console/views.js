@@ -6,4 +6,6 @@
 export const VIEWS = [
   { id: "chat", title: "Chat", load: () => import("./chat.js") },
   { id: "tree", title: "Tree", load: () => import("./tree.js") },
+  { id: "shutdowns", title: "Shutdowns", load: () => import("./shutdowns.js") },
+  { id: "metrics", title: "Metrics", load: () => import("./metrics.js") },
 ];

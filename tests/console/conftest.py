@@ -29,6 +29,7 @@ from tests.docs.browser import CAP_S, Browser, Page, chromium, end, start
 MODELS = {
     "quick": "scripted:?rate=0&first_token_s=0&text=" + quote("The **nursery** waits for its tasks."),
     "slow": "scripted:?tokens=4000&rate=25&first_token_s=0.1",
+    "calm": "scripted:?tokens=4000&rate=2&first_token_s=0.1",
     "short": "scripted:?tokens=60&rate=40&first_token_s=0.1",
     "hostile": "scripted:?rate=0&first_token_s=0&text=" + quote(HOSTILE),
     "calling": 'scripted:?rate=0&first_token_s=0&reasoning=12&call=get_weather:{"city":"Oslo"}',

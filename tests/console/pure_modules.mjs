@@ -1,10 +1,12 @@
-// What the console computes without a page: the tree's rows. Run by test_pure_modules.py.
+// What the console computes without a page: the tree's rows, and figures of Prometheus' text. Run by test_pure_modules.py.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
 const CONSOLE = "../../service/console";
 const { TreeModel } = await import(`${CONSOLE}/tree_model.js`);
+const { buckets, increase, parse, quantile, sum } = await import(`${CONSOLE}/prometheus.js`);
+const { figuresOf, zerosOf } = await import(`${CONSOLE}/figures.js`);
 
 // The tree
 
@@ -52,7 +54,8 @@ test("a change takes nodes away, adds them at the end and changes their fields",
   const turn = model.nodes.get("6");
   assert.deepEqual([turn.data.deadline, turn.deadlineSetAt, turn.data.state], [7, 3, "ending"]);
   assert.equal(model.nodes.get("5").name, "session renamed");
-  model.change({ changed: [{ id: "6", deadline: null }] }, 4);
+  model.change({ changed: [{ id: "6", deadline: null }, { id: "8", kind: "stream" }] }, 4);
+  assert.equal(model.nodes.get("8").kind, "stream");
   assert.equal("deadline" in turn.data, false);
 });
 
@@ -101,4 +104,64 @@ test("5 000 tasks of one nursery come and go", () => {
   assert.equal(model.rows().length, 5006);
   model.change({ removed: many.map(({ id }) => id) });
   assert.equal(model.rows().length, 6);
+});
+
+// Prometheus' text
+
+const scrape = (lines) => parse(lines.join("\n"));
+
+test("samples are read with their labels, escapes and infinities", () => {
+  const samples = scrape([
+    "# HELP a_total words",
+    "# TYPE a_total counter",
+    'a_total{outcome="completed",reason="said \\"no\\", \\\\ and\\n"} 3',
+    'a_total{outcome="failed"} 2 1700000000000',
+    'h_bucket{le="+Inf"} 4',
+    "plain 1e3",
+    "",
+    "no sample at all",
+  ]);
+  assert.equal(samples.get("a_total")[0].labels.reason, 'said "no", \\ and\n');
+  assert.equal(sum(samples, "a_total"), 5);
+  assert.equal(sum(samples, "a_total", { outcome: "failed" }), 2);
+  assert.equal(sum(samples, "plain"), 1000);
+  assert.equal(sum(samples, "unknown"), null);
+  assert.deepEqual([...buckets(samples, "h")], [[Infinity, 4]]);
+});
+
+test("a counter that begins anew has come as far as it counts now", () => {
+  assert.equal(increase(5, 8), 3);
+  assert.equal(increase(null, 8), 8);
+  assert.equal(increase(8, 2), 2);
+  assert.equal(increase(8, null), null);
+});
+
+test("quantiles are of what was counted between two scrapes", () => {
+  const before = new Map([[0.1, 100], [0.5, 100], [1, 100], [Infinity, 100]]);
+  const now = new Map([[0.1, 100], [0.5, 110], [1, 110], [Infinity, 120]]);
+  assert.equal(quantile(before, now, 0.25), 0.1 + 0.4 * 0.5);
+  assert.equal(quantile(before, now, 0.95), 1, "beyond the last bound");
+  assert.equal(quantile(now, now, 0.5), null, "nothing was counted");
+  assert.equal(quantile(now, new Map([[0.1, 4], [0.5, 4], [1, 4], [Infinity, 4]]), 0.5), 0.05, "begun anew");
+});
+
+test("figures are rates per second, also where a series has just appeared", () => {
+  const before = scrape(["lastcall_output_tokens_total 100"]);
+  const now = scrape([
+    "lastcall_output_tokens_total 300",
+    'lastcall_turns_total{outcome="completed",reason=""} 4',
+    'lastcall_streams{face="native"} 2',
+    'lastcall_streams{face="responses"} 3',
+  ]);
+  const figures = figuresOf(before, now, 2);
+  assert.deepEqual(
+    [figures.outputTokens, figures.completed, figures.failed, figures.streams, figures.firstToken50],
+    [100, 2, 0, 5, null],
+  );
+});
+
+test("a counter that must be zero and is not there is not taken for zero", () => {
+  const found = zerosOf(scrape(["lastcall_resume_gaps_total 0", "lastcall_turns_crashed_total 2"]));
+  const by = Object.fromEntries(found.map(({ label, value }) => [label, value]));
+  assert.deepEqual([by["Resume gaps"], by["Turns crashed"], by["Tasks left"]], [0, 2, null]);
 });

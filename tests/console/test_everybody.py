@@ -4,22 +4,20 @@ import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import trio
 
 from bench.server_process import Launch, ServerProcess, open_server, python_command
+from tests.console.accessibility import violations
 from tests.console.chat_page import LAST, ChatPage
 from tests.console.conftest import Tabs, config_of
 from tests.console.test_chat import open_chat, turns_of
-from tests.docs.browser import CAP_S, Page
+from tests.docs.browser import CAP_S
 
 KEY = "a-key-of-sixteen-or-more"
-AXE = files("axe_core_python").joinpath("axe.min.js").read_text()
 FOCUSED = "(document.activeElement?.getAttribute('aria-label') ?? document.activeElement?.textContent)"
 
 
@@ -85,17 +83,6 @@ async def test_on_a_phone_one_thing_is_shown_at_a_time_and_nothing_sticks_out(ta
 
 
 # Those who cannot see it, or see it otherwise
-
-
-async def violations(page: Page) -> list[Any]:
-    """What axe finds that is serious or critical, in short."""
-    await page.get(f"{AXE}; null")
-    found: list[Any] = await page.get(
-        "axe.run(document, { resultTypes: ['violations'] }).then(({ violations }) => violations"
-        ".filter((it) => ['serious', 'critical'].includes(it.impact))"
-        ".map((it) => [it.id, it.nodes.slice(0, 3).map((node) => node.html.slice(0, 160))]))"
-    )
-    return found
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
