@@ -174,6 +174,9 @@ def test_what_must_stay_zero_is_told_from_the_start_and_gaps_are_added_in_one_go
     metrics.add_gaps()
     metrics.add_gaps()
     assert value(metrics, families.TOKEN_GAP, "up") == [3, *[0] * 11, 1, 50]
+    gaps.counts[0] += 2
+    metrics.add_gaps()
+    assert value(metrics, families.TOKEN_GAP, "up") == [5, *[0] * 11, 1, 50]
 
 
 def test_a_model_that_only_a_caller_knows_is_no_label() -> None:
