@@ -392,6 +392,7 @@ export class Conversation {
   /** Sends what is in the outbox, and follows the turn. */
   #start(sent) {
     if (this.#pending) this.#views.set(this.#pending.id, this.#pending);
+    this.#say("");
     const view = (this.#pending = this.#newView(sent.input));
     if (sent.parent !== undefined) this.#hideAfter(sent.parent);
     this.#log.append(view.element);
@@ -444,7 +445,7 @@ export class Conversation {
         if (sent) outbox.drop(sent);
         if (!isMine()) return;
         this.#followers.set(stream.turnId, follower);
-        this.#say("");
+        this.#waitsNoLonger();
         this.#known = "";
         this.#acts.tell(this.#id);
         this.refresh();
@@ -457,7 +458,7 @@ export class Conversation {
       onOpen: () => {
         if (!isMine()) return;
         view.waiting(false);
-        this.#say("");
+        this.#waitsNoLonger();
       },
       onWait: (waiting) => {
         if (!isMine()) return;
@@ -628,6 +629,11 @@ export class Conversation {
     if (this.#status.textContent === words) return;
     this.#status.textContent = words;
     this.#status.dataset.kind = kind;
+  }
+
+  /** What was said of a wait is over; a refusal of another message stays. */
+  #waitsNoLonger() {
+    if (this.#status.dataset.kind === "wait") this.#say("");
   }
 
   #scrolled() {
