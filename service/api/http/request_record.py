@@ -17,7 +17,6 @@ from service.api_keys import Caller
 from service.telemetry.log_context import add_to_log_context
 
 if TYPE_CHECKING:
-    from service.api.http.event_stream import PieceWriter
     from service.telemetry.tracing import TraceSpan, Tracing
 
 logger = structlog.get_logger("lastcall.access")
@@ -178,23 +177,3 @@ def _log(record: RequestRecord, scope: dict[str, Any]) -> None:
         **({"caller": record.caller.name} if record.caller is not None and record.caller.name else {}),
         **({"client": client[0]} if client else {}),
     )
-
-
-class CountedPieces:
-    """A writer of pieces whose bytes count in a request's record. Meets :class:`PieceWriter`."""
-
-    __slots__ = ("_record", "_writer")
-
-    def __init__(self, writer: "PieceWriter", record: RequestRecord) -> None:
-        self._writer = writer
-        self._record = record
-
-    @property
-    def has_rest(self) -> bool:
-        return self._writer.has_rest
-
-    def write_now(self, piece: bytes) -> bool:
-        if not self._writer.write_now(piece):
-            return False
-        self._record.bytes += len(piece)
-        return True

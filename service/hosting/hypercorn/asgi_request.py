@@ -28,7 +28,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.http.event_stream import PIECE_WRITER, LastPiece, is_event_stream
 from service.api.http.request_body import BoundedBody, drop_body
-from service.api.http.request_record import CountedPieces, RequestRecord, record_of
+from service.api.http.request_record import RequestRecord, record_of
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
@@ -178,8 +178,7 @@ class AsgiRequest(TrioASGIHTTPConnection):
         exchange = getattr(send, "__self__", None)
         chunks = exchange.chunks if isinstance(exchange, Http1Exchange) else None
         if chunks is not None and chunks.writes_now:
-            writer = chunks if self._record is None else CountedPieces(chunks, self._record)
-            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = writer
+            cast("dict[str, Any]", self.scope)[PIECE_WRITER] = chunks
 
     def _drop_body(self) -> None:
         """Hold no body while the answer is sent: the handler is over, so the request is not sent to a peer again."""
