@@ -138,12 +138,12 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
             options=self.options,
             face=_kept_face(self.face),
             ephemeral=self.ephemeral,
-            **self._for_other_processes(),
+            **self._for_other_processes(settings),
         )
 
-    def _for_other_processes(self) -> dict[str, Any]:
-        """What only a process must know that goes on with the turn."""
-        if self.ephemeral or self.on_interrupt == "fail":
+    def _for_other_processes(self, settings: Settings) -> dict[str, Any]:
+        """What only a process must know that goes on with the turn. No process can where the store ends with this one."""
+        if self.ephemeral or self.on_interrupt == "fail" or not settings.store_capabilities.durable:
             return {}
         return {
             "on_interrupt": self.on_interrupt,

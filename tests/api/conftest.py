@@ -7,12 +7,14 @@ import pytest
 
 from service import supervisor
 from service.storage.memory import MemoryStore
+from tests.api import inprocess
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
-    """The store of all services of a test."""
+    """The store of all services of a test, in the place of a file that outlives them."""
     store = MemoryStore()
+    monkeypatch.setattr(inprocess, "STORE_URL", "sqlite:shared.db")
 
     @asynccontextmanager
     async def open_store(*_: object) -> AsyncIterator[MemoryStore]:

@@ -137,6 +137,10 @@ async def leave(connection: TestHTTPConnection) -> None:
     await connection._client_send.aclose()  # otherwise leaving the connection would wait for an end
 
 
+STORE_URL = "memory:"
+"""Of an application whose settings name no store."""
+
+
 @asynccontextmanager
 async def open_api(**settings: Any) -> AsyncIterator[Api]:
     """An application that is attached to a service of its own, in memory unless the settings say otherwise.
@@ -146,7 +150,7 @@ async def open_api(**settings: Any) -> AsyncIterator[Api]:
     """
     peers: PeerTransport | None = settings.pop("peers", None)
     app = _unused.pop() if _unused else create_app()
-    async with open_service(Settings(**{"store_url": "memory:"} | settings), peers=peers) as service:
+    async with open_service(Settings(**{"store_url": STORE_URL} | settings), peers=peers) as service:
         attach(app, service)
         try:
             yield Api(app, service)

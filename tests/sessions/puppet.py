@@ -196,10 +196,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def open_stage(
-    store: MemoryStore | None = None, /, *, tracing: Tracing | None = None, **settings: object
-) -> AsyncIterator[Stage]:
-    """Sessions with these settings over the defaults; on exit the stage checks that none of their parts is left."""
+async def open_stage(store: MemoryStore | None = None, /, **settings: Any) -> AsyncIterator[Stage]:
+    """Sessions with these settings over the defaults; on exit the stage checks that none of their parts is left.
+
+    Args:
+        settings: And ``tracing``, which makes the spans of turns.
+    """
+    tracing: Tracing | None = settings.pop("tracing", None)
     store = store or MemoryStore()
     puppet = Puppet()
     clock = TestClock()

@@ -105,6 +105,11 @@ async def test_a_retry_says_that_it_begins_anew(autojump_clock: MockClock, share
     assert text_of([*reply.events, *rest]) == WHOLE
 
 
+async def test_a_turn_in_memory_gets_its_end_because_no_process_can_go_on_with_it(autojump_clock: MockClock) -> None:
+    reply = await cut({"on_interrupt": "continue"})
+    assert reply.events[-1]["type"] == "turn.interrupted"
+
+
 async def test_a_turn_that_fails_gets_its_end_as_ever(autojump_clock: MockClock, shared: MemoryStore) -> None:
     reply = await cut({})
     assert reply.events[-1]["type"] == "turn.interrupted"
