@@ -142,7 +142,7 @@ class NewTurn(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def _for_other_processes(self, settings: Settings) -> dict[str, Any]:
-        """What only a process must know that goes on with the turn. No process can where the store ends with this one."""
+        """What only a process must know that goes on with the turn. None can where the store ends with this process."""
         if self.ephemeral or self.on_interrupt == "fail" or not settings.store_capabilities.durable:
             return {}
         return {

@@ -108,8 +108,8 @@ WATCH = """
 async def test_a_cancelled_turns_branch_leaves_the_page_within_half_a_second_while_200_turns_run(tabs: Tabs) -> None:
     """The time from the end that the page is told by the turn's own stream until the row is out of the document.
 
-    Turns are cancelled one after the other, and the fastest third of them is held to the promise: a machine that has
-    other work only adds to these times. That all branches leave is held for each of the 200.
+    Turns are cancelled one after the other, and the median is held to the promise: other work of the machine falls on
+    some of them. That all branches leave is held for each of the 200.
     """
     page = await open_tree(tabs)
     turns = await start_turns(page, TURNS)
@@ -127,7 +127,7 @@ async def test_a_cancelled_turns_branch_leaves_the_page_within_half_a_second_whi
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cancel, tabs.server, session, turn)
             took_ms.append(await page.get(measure))
-    assert sorted(took_ms)[ONE_BY_ONE // 3 - 1] < LEAVES_WITHIN_MS, took_ms
+    assert sorted(took_ms)[ONE_BY_ONE // 2] < LEAVES_WITHIN_MS, took_ms
     await cancel_all(page, [(session, turn) for turn, session in by_turn.items()])
     await page.wait_for(f"{chip('turn')} === '0'")
     await page.wait_for("document.querySelectorAll('.row[data-turn]').length === 0")
