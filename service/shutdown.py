@@ -131,7 +131,6 @@ class ShutdownReport(msgspec.Struct, frozen=True, kw_only=True):
         metrics.add_gaps()
         metrics.add(families.SHUTDOWNS, "clean" if self.clean else "faults")
         metrics.add(families.TASKS_LEFT, by=self.tasks_left)
-        metrics.add(families.STREAMS_CUT, by=self.streams_aborted)
         for phase, took_ms in self.phases_ms.items():
             metrics.observe(families.SHUTDOWN_PHASE, phase, value=took_ms / 1000)
 

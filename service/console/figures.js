@@ -34,7 +34,7 @@ export const ZEROS = [
   {
     name: "lastcall_shutdown_streams_aborted_total",
     label: "Streams aborted",
-    means: "A shutdown has cut a stream whose client was gone or did not read.",
+    means: "A shutdown has not sent a stream to its end: its client was gone, or did not read.",
   },
 ];
 

@@ -149,7 +149,7 @@ function tallies(report) {
     ["interrupted", report.turns_interrupted],
     ["suspended", report.turns_suspended],
     ["streams ended", report.streams_ended],
-    ["streams aborted", report.streams_aborted, true],
+    ["streams not read to their end", report.streams_aborted],
     ["connections cut", report.connections_aborted, true],
     ["model clients closed", report.clients_closed],
     ["tasks left", report.tasks_left, true],

@@ -8,7 +8,7 @@ import trio
 
 from service.errors import StreamLimitError
 from service.sessions.events.event_log import Events, InlineReader
-from service.stop_state import StopState
+from service.stop_state import Phase, StopState
 from service.telemetry.metrics import families
 from service.telemetry.metrics.metrics import Metrics
 
@@ -122,6 +122,8 @@ class Streams:
             self.ended += 1
         elif ended is not None:
             self.aborted += 1
+            if self.stop.phase >= Phase.INTERRUPTING:  # before, a client may leave as at any time
+                self._metrics.add(families.STREAMS_CUT)
         if len(self._due) > 2 * self.open + _CLOSED_MAX:
             self._due = [due for due in self._due if not due[2].is_closed]
             heapify(self._due)

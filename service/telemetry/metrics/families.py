@@ -213,7 +213,8 @@ SHUTDOWN_PHASE = Family(
 )
 TASKS_LEFT = Family("lastcall_shutdown_tasks_left_total", "Tasks that were left at the end of a stop; must stay 0")
 STREAMS_CUT = Family(
-    "lastcall_shutdown_streams_aborted_total", "Event streams that a stop did not send to their end; must stay 0"
+    "lastcall_shutdown_streams_aborted_total",
+    "Event streams that a stop did not send to their end after its drain; must stay 0",
 )
 
 FAMILIES: tuple[Family, ...] = tuple(it for it in list(globals().values()) if isinstance(it, Family))

@@ -11,8 +11,9 @@ from service.api.http.app_state import METRICS_ONLY
 from service.errors import ModelError, StoreError
 from service.models.client import ModelRequest
 from service.models.retrying import RetryingClient
+from service.sessions.events.streams import Streams
 from service.steps import at_once
-from service.stop_state import Phase
+from service.stop_state import Phase, StopState
 from service.storage.sqlite import database
 from service.telemetry.metrics.exposition import exposed
 from service.telemetry.metrics.metrics import Metrics
@@ -234,6 +235,19 @@ async def test_a_stop_counts_its_phases_and_what_it_leaves() -> None:
     assert told["lastcall_shutdowns_total", "result=faults"] == 1
     phases = {labels for name, labels in told if name == "lastcall_shutdown_phase_seconds_count"}
     assert {f"phase={name}" for name in ("notice", "draining", "interrupting", "releasing", "total")} <= phases
+
+
+async def test_a_stream_whose_client_leaves_in_the_drain_was_not_aborted_by_the_stop() -> None:
+    metrics, stop = Metrics(), StopState()
+    streams = Streams(streams_max=9, heartbeat_interval_s=15, stop=stop, metrics=metrics)
+    aborted = []
+    for phase in (Phase.SERVING, Phase.DRAINING, Phase.INTERRUPTING):
+        stop.enter(phase)
+        streams.open_stream().close()
+        told = samples_of(at_once(exposed(metrics.memory)).decode())
+        aborted.append(told["lastcall_shutdown_streams_aborted_total", ""])
+    assert aborted == [0, 0, 1]
+    assert told["lastcall_streams_total", "end=aborted,face=native"] == 3
 
 
 async def test_attempts_at_an_upstream_and_their_repetitions_are_counted(autojump_clock: object) -> None:
