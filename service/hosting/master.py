@@ -165,9 +165,13 @@ class Workers:
     def advance(self) -> None:
         """Do all that is due now. Never waits."""
         self._take_messages()
-        for worker in self._take_ended():
-            self._judge(worker)
-        self._heed_operator()
+        ended = self._take_ended()
+        self._heed_operator([*ended, *self._workers])
+        for worker in ended:
+            if self._stopping:
+                self._note_end(worker)
+            else:
+                self._judge(worker)
         if self._stopping:
             return
         self._kill_late()
@@ -177,9 +181,9 @@ class Workers:
         self._let_stale_leave()
         self._tell_workers()
 
-    def _heed_operator(self) -> None:
-        """Begin the stop if a worker asks for it, because an operator has asked the worker."""
-        if reason := next((worker.asks_stop for worker in self._workers if worker.asks_stop), ""):
+    def _heed_operator(self, workers: Sequence[WorkerProcess]) -> None:
+        """Begin the stop if a worker asks for it, or has asked and ended: an operator has asked the worker."""
+        if reason := next((worker.asks_stop for worker in workers if worker.asks_stop), ""):
             self._stopping, self._stop_reason = True, reason
 
     def _tell_workers(self) -> None:
@@ -465,6 +469,13 @@ class Workers:
         self._note_code(code)
         self._stopping = True
 
+    def _note_end(self, worker: WorkerProcess) -> None:
+        """Keep the exit code of a worker that has ended in the stop of the service."""
+        code = worker.exit_code or 0
+        worker.release()
+        if not (code == ENDED_BY_SIGTERM and not worker.has_begun):
+            self._note_code(code)
+
     def _note_code(self, code: int) -> None:
         """Keep this code as the exit code of the service, if it is the first that is not 0.
 
@@ -492,10 +503,10 @@ class Workers:
                 self._note_code(ExitCode.WATCHDOG)
             self._take_messages()
             for worker in self._take_ended():
-                code = worker.exit_code or 0
-                worker.release()
-                if worker not in late and not (code == ENDED_BY_SIGTERM and not worker.has_begun):
-                    self._note_code(code)
+                if worker in late:
+                    worker.release()
+                else:
+                    self._note_end(worker)
             if self._workers:
                 ends = [worker.end_by for worker in self._workers if worker.end_by is not None]
                 due = [*ends, *(end - STOP_SLACK_S for end in ends if end - STOP_SLACK_S > now)]

@@ -62,7 +62,7 @@ class MasterLink(Master):
         self._connection = connection
         self._status_file = status_file
         self._told: Message | None = None
-        self._asked = False
+        self._asked = self._asked_stop = False
         self._sending = threading.Lock()
 
     def open_status_file(self) -> int | None:
@@ -111,7 +111,10 @@ class MasterLink(Master):
         self._send(Message.REFUSED, reason)
 
     def ask_stop(self, reason: str) -> None:
-        self._send(Message.DRAIN, reason)
+        """Ask for the stop of the whole service. Asked once: the master does not forget it."""
+        if not self._asked_stop:
+            self._asked_stop = True
+            self._send(Message.DRAIN, reason)
 
     def ask_for_successor(self) -> bool:
         if not self._asked:

@@ -899,6 +899,20 @@ def test_a_worker_that_is_asked_for_a_drain_has_the_whole_service_stop(service: 
         assert worker.told == ["stop admin drain"]
 
 
+@pytest.mark.parametrize("code", [0, ExitCode.FAULTS], ids=str)
+def test_a_worker_that_is_asked_for_a_drain_and_ends_in_one_round_has_the_whole_service_stop(
+    serving: Service, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    first, _ = serving.started
+    first.take_messages = partial(first._note, Message.DRAIN, "admin drain")  # type: ignore[method-assign]
+    serving.end(first, code)
+    assert serving.is_stopping
+    assert serving.workers._stop_reason == "admin drain"
+    assert serving.code == code, "as of each worker that ends in the stop"
+    assert len(serving.started) == 2
+    assert capfd.readouterr().err == ""
+
+
 def test_workers_are_told_of_each_other_when_something_changes(service: Service) -> None:
     first, second = service.started
     assert first.told_of_workers == []

@@ -31,8 +31,10 @@ def test_a_worker_learns_of_the_others_and_passes_on_what_an_operator_asks() -> 
     masters, workers = Pipe()
     link = MasterLink(os.getppid(), workers, status_file=-1)
     known = [KnownWorker(pid=1, status="serving", started_at=datetime.now(UTC), address="@a")]
-    link.ask_stop("admin drain")
+    for _ in range(2):
+        link.ask_stop("admin drain")
     assert masters.recv_bytes() == b"drain admin drain"
+    assert not masters.poll(), "asked once"
     masters.send_bytes(b"workers " + msgspec.json.encode(known))
     masters.send_bytes(b"stop admin drain")
     masters.close()

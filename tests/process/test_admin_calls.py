@@ -1,6 +1,8 @@
 """The calls for operators on a real server with two workers: each shows the tree of the other, and one stops both."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,24 @@ async def test_two_workers_show_each_other_and_a_drain_stops_both(tmp_path: Path
         assert (line.report["reason"], line.exit_code) == ("admin drain", 0)
         assert line.bounds_ms is not None
         assert line.bounds_ms["draining"] == 5000
+
+
+async def test_a_drain_stops_both_workers_also_where_the_one_that_is_asked_stops_alone(tmp_path: Path) -> None:
+    async with (
+        open_lastcall(CONFIGURED_2, tmp_path, drain_timeout_s=30, model_url="scripted:?tokens=100000&rate=5") as server,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=CAP_S) as client,
+    ):
+        pid = (await client.get("/admin/tree?nodes=10")).json()["worker"]["pid"]
+        assert (await client.post("/sessions", json={"id": "s"})).status_code == 201
+        turn = await client.post("/sessions/s/turns", json={"input": "Hi", "background": True})
+        assert turn.status_code == 202
+        os.kill(pid, signal.SIGTERM)
+        answer = await client.post("/admin/drain", json={})
+        assert answer.status_code == 202
+        with trio.fail_after(CAP_S):
+            await server.wait_logged('"shutdown report"')  # of the other worker, which has no turn
+        assert (await client.post(f"{turn.headers['location']}/cancel")).status_code == 200
+        gone = await wait_gone(server)
+    assert gone.exit_code == 0
+    reports = [line for line in (tmp_path / "server.log").read_text().splitlines() if "shutdown report" in line]
+    assert sorted(json.loads(line)["reason"] for line in reports) == ["SIGTERM", "admin drain"]

@@ -62,10 +62,9 @@ async def drain() -> TrioResponse:
     await read_body(request, Drain, service)
     shutdown = service.shutdown
     workers = len(current_workers().known())
-    if shutdown.phase < Phase.LAME_DUCK or shutdown.is_replaced:
-        ask_stop(service, REASON)
-        with move_on_after(NOTICE_S):
-            await shutdown.reached(Phase.LAME_DUCK)
+    ask_stop(service, REASON)  # also if this worker stops already: it may stop alone
+    with move_on_after(NOTICE_S):
+        await shutdown.reached(Phase.LAME_DUCK)
     answer = Draining(
         phase=str(shutdown.phase), reason=shutdown.reason, workers=workers, bounds_s=bounds_of(service.settings)
     )

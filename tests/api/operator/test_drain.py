@@ -6,6 +6,7 @@ import pytest
 import trio.lowlevel
 from trio.testing import MockClock
 
+from service.api.operator.workers import ASK_STOP
 from service.stop_state import Phase
 from tests.api.http.test_admin_access import ADMIN, KEYS, READER, TALKER, bearer
 from tests.api.inprocess import Api, open_api
@@ -40,6 +41,22 @@ async def test_the_reason_is_that_of_the_first_notice(autojump_clock: MockClock)
     async with open_api(lame_duck_timeout_s=20) as api:
         api.service.shutdown.notice("SIGTERM")
         assert (await post(api, JSON)).json["reason"] == "SIGTERM"
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_a_worker_that_stops_already_asks_for_the_stop_of_the_whole_server(
+    is_replaced: bool, autojump_clock: MockClock
+) -> None:
+    """It may stop alone, by a signal: then the master would start another one."""
+    async with open_api(lame_duck_timeout_s=20) as api:
+        asked: list[str] = []
+        api.app.extensions[ASK_STOP] = asked.append
+        try:
+            api.service.shutdown.notice("SIGTERM", is_replaced=is_replaced)
+            assert (await post(api, JSON)).json["reason"] == "SIGTERM"
+        finally:
+            del api.app.extensions[ASK_STOP]
+        assert asked == ["admin drain"]
 
 
 FORMS = (
