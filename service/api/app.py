@@ -13,10 +13,12 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import NotFound
 from werkzeug.routing import MapAdapter
 
+from service.api.http.access import LoopbackOnlyError, is_loopback_host
 from service.api.http.admin_access import PATHS as ADMIN_PATHS
 from service.api.http.admin_access import check_no_other_page, protect
 from service.api.http.app_state import (
     HISTORY_BYTES_MAX,
+    LOOPBACK_HOST_ONLY,
     METRICS_ONLY,
     attach,
     current_access,
@@ -61,6 +63,12 @@ _HISTORY_PATHS = ("/v1/responses", "/v1/chat/completions")
 """The ends of the paths of requests that may bring a whole conversation."""
 _WITHOUT_DATA = frozenset({page.blueprint.name, console.blueprint.name})
 """The blueprints of pages. They hold no secret and need no key, because a browser sends none for a page."""
+
+
+_OF_METRICS = (
+    "metrics_bind (LASTCALL_METRICS_BIND) is a loopback address, so only requests to a loopback host name are "
+    "served; set metrics_bind to an address of the network to serve others."
+)
 
 
 class _NoCookies(SessionInterface):
@@ -179,6 +187,8 @@ async def _admit(request: Request) -> TrioResponse | None:
     if METRICS_ONLY in request.scope:
         if request.blueprint not in (metrics.blueprint.name, None):
             raise NotFound
+        if LOOPBACK_HOST_ONLY in request.scope and not is_loopback_host(request.headers.get("Host") or "localhost"):
+            raise LoopbackOnlyError(_OF_METRICS)
         return None  # without a blueprint it is no call at all
     settings = current_service().settings
     is_admin = request.path.startswith(ADMIN_PATHS)

@@ -1,5 +1,11 @@
-"""The listener of ``metrics_bind``: answers requests for the metrics, without a key, and no other ones."""
+"""The listener of ``metrics_bind``: answers requests for the metrics, without a key, and no other ones.
 
+A connection has one answer, so that no client keeps the places of others. On a loopback address the listener serves
+this machine, so the host of a request is checked as elsewhere: else a web page whose name points to this machine reads
+the metrics through the user's browser. Proven by ``tests/process/test_metrics.py``.
+"""
+
+import copy
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -8,7 +14,8 @@ import structlog
 import trio
 from hypercorn.typing import AppWrapper, ConnectionState, Scope
 
-from service.api.http.app_state import METRICS_ONLY
+from service.api.http.access import is_loopback
+from service.api.http.app_state import LOOPBACK_HOST_ONLY, METRICS_ONLY
 from service.cluster.peer_address import shown_host_port
 from service.hosting.hypercorn.connections import Connections
 from service.hosting.hypercorn.http1_connection import Stream
@@ -50,6 +57,11 @@ class _Listener:
         self._worker = worker
         self._connections = connections
         self._places = trio.Semaphore(CONNECTIONS_MAX)
+        self._marks = {METRICS_ONLY: True}
+        if is_loopback(listening.getsockname()[0]):
+            self._marks[LOOPBACK_HOST_ONLY] = True
+        self._config = copy.copy(worker.config)
+        self._config.keep_alive_max_requests = 1
 
     async def run(self, serving: trio.Event) -> None:
         await serving.wait()
@@ -71,11 +83,11 @@ class _Listener:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         worker = self._worker
-        app = cast("AppWrapper", _MetricsOnly(worker.app))
+        app = cast("AppWrapper", _MetricsOnly(worker.app, self._marks))
         try:
             with stream.socket:
                 connection = self._connections.open(
-                    app, worker.config, worker.context, ConnectionState({}), cast("Stream", stream)
+                    app, self._config, worker.context, ConnectionState({}), cast("Stream", stream)
                 )
                 await connection.run()
         finally:
@@ -83,10 +95,11 @@ class _Listener:
 
 
 class _MetricsOnly:
-    """The application, with a mark on each request that nothing but the metrics is answered."""
+    """The application, with marks on each request: nothing but the metrics is answered."""
 
-    def __init__(self, app: AppWrapper) -> None:
+    def __init__(self, app: AppWrapper, marks: dict[str, bool]) -> None:
         self._app = app
+        self._marks = marks
 
     async def __call__(self, scope: Any, receive: Any, send: Any, *rest: Any) -> None:
-        await self._app(cast("Scope", {**scope, METRICS_ONLY: True}), receive, send, *rest)
+        await self._app(cast("Scope", {**scope, **self._marks}), receive, send, *rest)

@@ -60,6 +60,7 @@ async def test_every_count_of_a_known_load_is_exact(host: Host, argv: list[str] 
         [alone] = {line["bind"] for line in lines_of(server.log(), "metrics are served")}
         told = await scrape(client, f"http://{alone}/metrics")
         assert (await client.get(f"http://{alone}/sessions")).status_code == 404
+        await expect_one_answer_a_connection(alone)
         server.signal_main(signal.SIGTERM)
         assert (await wait_gone(server)).exit_code == 0
     assert turns(told) == turns(after)
@@ -78,6 +79,21 @@ async def test_every_count_of_a_known_load_is_exact(host: Host, argv: list[str] 
     assert after["lastcall_workers", ""] == host.processes
     assert fallen(before, after) == []
     assert_log_is_clean(server)
+
+
+async def expect_one_answer_a_connection(address: str) -> None:
+    """Expect that no client keeps its connection to the listener of the metrics, whatever it asks for."""
+    host, _, port = address.rpartition(":")
+    for asked in ("HEAD /nowhere", "GET /metrics", "POST /metrics", "GET http://[/"):
+        request = f"{asked} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n".encode()
+        with trio.fail_after(CAP_S):
+            async with await trio.open_tcp_stream(host, int(port)) as connection:
+                await connection.send_all(request)
+                answer = b"".join([piece async for piece in connection])
+        assert b"\r\nconnection: close\r\n" in answer.lower()
+    foreign = {"Host": "evil.example.com"}
+    async with httpx.AsyncClient() as page:
+        assert (await page.get(f"http://{address}/metrics", headers=foreign)).json()["code"] == "loopback_only"
 
 
 async def has(client: httpx.AsyncClient, name: str, labels: str, value: float) -> bool:

@@ -26,15 +26,18 @@ class UnauthorizedError(RefusedError):
 
 
 class LoopbackOnlyError(RefusedError):
-    """No API keys are set, and the request does not go from this machine to this machine."""
+    """No API keys are set, or none are asked for, and the request does not go from this machine to this machine."""
 
     code = "loopback_only"
 
-    def __init__(self) -> None:
-        super().__init__(
+    def __init__(
+        self,
+        why: str = (
             "Without API keys only requests from this machine to a loopback address and host name are served; "
             "set api_keys (LASTCALL_API_KEYS) to serve others."
-        )
+        ),
+    ) -> None:
+        super().__init__(why)
 
 
 class ProxiedRequestError(RefusedError):

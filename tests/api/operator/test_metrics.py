@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio
 
-from service.api.http.app_state import METRICS_ONLY
+from service.api.http.app_state import LOOPBACK_HOST_ONLY, METRICS_ONLY
 from service.errors import ModelError, StoreError
 from service.models.client import ModelRequest
 from service.models.retrying import RetryingClient
@@ -177,6 +177,17 @@ async def test_the_listener_of_its_own_serves_the_metrics_to_all_and_nothing_els
         for path in ("/", "/healthz", "/sessions", "/docs", "/openapi.json", "/nowhere", "/v1/models"):
             assert (await api.call("GET", path, scope=only)).status == 404
         assert (await api.call("POST", "/metrics", {}, scope=only)).status == 405
+
+
+async def test_on_a_loopback_address_the_listener_of_its_own_serves_no_page_with_a_foreign_name() -> None:
+    here = {METRICS_ONLY: True, LOOPBACK_HOST_ONLY: True}
+    async with open_api(api_keys=NAMED, model_url="scripted:") as api:
+        for host in ("127.0.0.1:9464", "localhost:9464", "[::1]:9464", ""):
+            assert (await api.call("GET", "/metrics", scope=here, headers={"Host": host})).status == 200
+        rebound = {"Host": "evil.example.com:9464"}
+        problem = (await api.call("GET", "/metrics", scope=here, headers=rebound)).problem(403, "loopback_only")
+        assert "metrics_bind" in problem["detail"]
+        assert (await api.call("GET", "/metrics", scope={METRICS_ONLY: True}, headers=rebound)).status == 200
 
 
 async def test_the_store_may_hang_and_the_metrics_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
