@@ -1159,6 +1159,67 @@ async def test_a_session_whose_adoption_failed_is_tried_again_later(autojump_clo
         assert [turn.session_id for turn in other.sessions.open_turns()] == ["a"]
 
 
+async def test_an_adopted_turn_whose_span_fails_ends_no_other_turn_and_its_caller_has_the_error(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    store = MemoryStore()
+    await suspended_sessions(store, "a", "b")
+    fails = ["a"]
+
+    def begin_trace(turn: Turn, _: TurnRecord) -> None:
+        if turn.session_id in fails:
+            raise RuntimeError("a sampler fails")
+
+    async with open_next(store) as other:
+        adoptions = other.sessions._acceptance.adoptions
+        monkeypatch.setattr(adoptions, "_begin_trace", begin_trace)
+        async with trio.open_nursery() as callers:
+
+            async def adopt_a() -> None:
+                with pytest.raises(RuntimeError, match="a sampler fails"):
+                    await other.sessions._acceptance.adopt("a")
+
+            callers.start_soon(adopt_a)
+            callers.start_soon(other.sessions._acceptance.adopt, "b")
+        await trio.sleep(10)
+        assert [(it.session_id, it.state) for it in other.sessions.open_turns()] == [("b", "running")]
+        fails.clear()
+        await sweep(other)
+        assert sorted(turn.session_id for turn in other.sessions.open_turns()) == ["a", "b"]
+        assert [*adoptions.unresolved] == []
+
+
+async def test_an_adoption_that_fails_after_its_caller_has_left_is_told_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    store = Trouble()
+    turn_id = await suspended(store)
+    async with open_next(store, store_timeout_s=5) as other:
+        adoptions = other.sessions._acceptance.adoptions
+        restored = adoptions._restored
+
+        def fail(*_: object) -> Any:
+            raise RuntimeError("no idea")
+
+        monkeypatch.setattr(adoptions, "_restored", fail)
+        store.at, store.is_done_first = "adopt_turns", True
+
+        async def answer() -> None:
+            await trio.sleep(4)
+            store.goes_on.set()
+
+        with capture_logs() as lines:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer)
+                with other.sessions._active.holding("s") as session, pytest.raises(StoreError):
+                    await adoptions.adopt(session, within_s=1)
+            await wait_all_tasks_blocked()
+        assert [line["event"] for line in lines][-1] == "adopted turns do not run yet: giving them failed"
+        monkeypatch.setattr(adoptions, "_restored", restored)
+        await sweep(other)
+        assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
+
+
 async def test_a_deleted_session_is_not_adopted_for_ever(autojump_clock: MockClock) -> None:
     store = Poisoned("a")
     await suspended_sessions(store, "a")

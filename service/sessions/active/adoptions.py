@@ -162,7 +162,12 @@ class Adoptions:
         for session_id, asked in sessions.items():
             if session_id in adopted:
                 self._alone.pop(session_id, None)
-                yield from self._give(asked, adopted[session_id])
+                try:
+                    yield from self._give(asked, adopted[session_id])
+                except Exception as error:  # the next adoption of the session has the turns that do not run
+                    if asked.is_left:
+                        logger.exception("adopted turns do not run yet: giving them failed", session_id=session_id)
+                    asked.answer(error)
                 yield
             else:
                 self._ask_alone([asked])
