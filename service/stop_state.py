@@ -82,9 +82,13 @@ class StopState:
             await self._changes.park()
 
     @contextmanager
-    def until(self, phase: Phase, *, deadline: float = inf) -> Iterator[None]:
-        """Cancel the body when a phase is entered, or at ``deadline``."""
-        with trio.CancelScope(deadline=deadline) as scope:
+    def until(self, phase: Phase, *, deadline: float = inf, shield: bool = False) -> Iterator[None]:
+        """Cancel the body when a phase is entered, or at ``deadline``.
+
+        Args:
+            shield: Whether the body is shielded from cancellation from outside, until then.
+        """
+        with trio.CancelScope(deadline=deadline, shield=shield) as scope:
             if self._entered >= phase:
                 scope.cancel()
             self._scopes[scope] = phase

@@ -327,6 +327,39 @@ async def test_a_second_press_skips_the_drain_and_the_lame_duck(autojump_clock: 
     assert stage.report().turns_interrupted == 1
 
 
+@pytest.mark.parametrize("has_caller", [True, False])
+async def test_an_adoption_that_the_store_does_not_answer_keeps_the_sessions_from_closing_no_longer_than_the_phases(
+    autojump_clock: MockClock, stage: Stage, has_caller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a database hangs after a failover, and the pods are stopped."""
+
+    async def hang(*_: object, **__: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(stage.store, "adopt_turns", hang)
+    refused: list[Exception] = []
+    async with trio.open_nursery() as callers, stage.open(store_timeout_s=300) as service:
+        await service.sessions.create_session(NewSession(id="s"))
+        acceptance = service.sessions._acceptance
+
+        async def adopt() -> None:
+            try:
+                if has_caller:
+                    await acceptance.adopt("s")
+                else:  # it leaves, and the store's step goes on
+                    with service.sessions._active.holding("s") as session:
+                        await acceptance.adoptions.adopt(session, within_s=1)
+            except (ShuttingDownError, StoreError) as error:
+                refused.append(error)
+
+        callers.start_soon(adopt)
+        await trio.sleep(2)
+        await stage.stop()
+        releasing_at = trio.current_time()
+    assert trio.current_time() - releasing_at <= MOMENT_S
+    assert [type(it) for it in refused] == [ShuttingDownError if has_caller else StoreError]
+
+
 async def test_later_notices_change_nothing(autojump_clock: MockClock, stage: Stage) -> None:
     async with stage.open() as service, trio.open_nursery() as nursery:
         await stage.start_turn(service)

@@ -108,6 +108,7 @@ class Acceptance:
         self.adoptions = Adoptions(
             nursery,
             pending_writes,
+            stop=stop,
             make_live=partial(self._make_live, supersedes=False),
             begin_trace=self._trace,
             store=store,

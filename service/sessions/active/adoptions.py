@@ -22,6 +22,7 @@ from service.sessions.turns.turn import Turn, restored_log
 from service.sessions.turns.turn_log import log_adoption
 from service.settings import Settings
 from service.steps import Steps, in_steps
+from service.stop_state import Phase, StopState
 from service.storage.pieces import Resumed, Run, resumed_run
 from service.storage.records import AdoptedTurn, Adoption, SessionRecord, TurnRecord
 from service.storage.store import Store
@@ -53,6 +54,7 @@ class Adoptions:
         nursery: trio.Nursery,
         pending_writes: PendingWrites,
         *,
+        stop: StopState,
         make_live: Callable[[ActiveSession, Turn], None],
         begin_trace: Callable[[Turn, TurnRecord], None],
         store: Store,
@@ -64,6 +66,7 @@ class Adoptions:
         self.unresolved: dict[str, None] = {}
         self._nursery = nursery
         self._pending_writes = pending_writes
+        self._stop = stop
         self._make_live = make_live
         self._begin_trace = begin_trace
         self._store = store
@@ -85,7 +88,8 @@ class Adoptions:
         Turns that are cancelled without clients wait for theirs, unless ``has_no_client``: then they end at once.
 
         Shielded: a cancellation after the store's step would leave turns that no task runs. If the time is over before
-        the store has answered, such turns are run after the next adoption of the session.
+        the store has answered, such turns are run after the next adoption of the session. The shield ends with the
+        stop's phase RELEASING, in which sessions close: then other processes run such turns.
 
         Raises:
             SessionNotFoundError: There is no such session, or it is being deleted.
@@ -98,12 +102,14 @@ class Adoptions:
             self._is_running = True
             self._nursery.start_soon(self._run, name="adoptions")
         try:
-            with answered_within(within_s, shield=True):
+            with self._stop.until(Phase.RELEASING, shield=True), answered_within(within_s):
                 await asked.answered.wait()
         finally:
             asked.is_left = True
             if self._waiting.get(session.id) is asked:
                 del self._waiting[session.id]
+        if not asked.answered.is_set():
+            raise ShuttingDownError
         if asked.error is not None:
             raise asked.error
 
@@ -131,8 +137,9 @@ class Adoptions:
         if not sessions:
             return
         self.unresolved.update(dict.fromkeys(sessions))
+        adopted: Mapping[str, Adoption] | None = None
         try:
-            with self._pending_writes.writing(shield=True):
+            with self._stop.until(Phase.RELEASING, shield=True), self._pending_writes.writing():
                 adopted = await self._store.adopt_turns(
                     list(sessions),
                     now=self._clock(),
@@ -151,6 +158,10 @@ class Adoptions:
             else:
                 self._ask_alone(sessions.values())
         else:
+            if adopted is None:  # the stop did not wait for the store any longer
+                for it in asked:
+                    it.answer(ShuttingDownError())
+                return
             deadline = trio.current_time() + self._settings.store_timeout_s
             with trio.CancelScope(shield=True, deadline=deadline):  # steps of work, and no waits
                 await in_steps(self._give_all(sessions, adopted))
