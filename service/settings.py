@@ -491,7 +491,7 @@ class Settings(BaseModel):
     """How long a request's body may take to arrive."""
     unread_timeout_s: PositiveSeconds = 30
     """An answer of which the client takes no byte for this time is given up; so is one that is read at less than
-    1 KiB a second, this time later. Event streams wait."""
+    1 KiB a second, this time later. Event streams wait, but not those of the live tree, which have no resume."""
 
     live_turns_max: Count = 1000
     """Turns that run, are queued or are being accepted, in all sessions."""

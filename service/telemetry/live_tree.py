@@ -140,7 +140,7 @@ class LiveTree:
         task_status.started()
         while True:
             await self._asked.park()
-            while self.viewers or trio.current_time() < self._asked_at + KEPT_S:  # noqa: ASYNC110  one look in 30 s
+            while trio.current_time() < self._asked_at + KEPT_S:  # noqa: ASYNC110  one look in 30 s
                 await trio.sleep(KEPT_S)
             self._last = self._root = None
             self._living = {}

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import httpx
 import pytest
 import trio
 
+from service.api.operator.tree import VIEWERS_MAX
 from service.telemetry.shutdown_history import read_history
-from tests.process.lastcall import CAP_S, CONFIGURED_2, open_lastcall, wait_gone
+from tests.process.clients import wait_until
+from tests.process.lastcall import CAP_S, CONFIGURED_2, SERVE, open_lastcall, wait_gone
 
 pytestmark = pytest.mark.parallel
 
@@ -95,3 +100,21 @@ async def test_a_drain_stops_both_workers_also_where_the_one_that_is_asked_stops
     assert gone.exit_code == 0
     reports = [line for line in (tmp_path / "server.log").read_text().splitlines() if "shutdown report" in line]
     assert sorted(json.loads(line)["reason"] for line in reports) == ["SIGTERM", "admin drain"]
+
+
+async def test_viewers_that_read_nothing_do_not_keep_others_out(tmp_path: Path) -> None:
+    async with open_lastcall(SERVE, tmp_path, unread_timeout_s=1) as server, AsyncExitStack() as viewers:
+        for _ in range(VIEWERS_MAX):
+            sock = trio.socket.socket()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await sock.connect(("127.0.0.1", server.port))
+            viewer = await viewers.enter_async_context(trio.SocketStream(sock))
+            await viewer.send_all(b"GET /admin/tree/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=CAP_S) as client:
+            with trio.fail_after(CAP_S):
+                await server.wait_logged("answers were given up")
+            await wait_until(partial(has_room, client))
+
+
+async def has_room(client: httpx.AsyncClient) -> bool:
+    return (await client.head("/admin/tree/events")).status_code == 200

@@ -52,6 +52,9 @@ _INLINE_BYTES_MAX = 4096
 """A piece that is larger is left to the stream's task, after which others get their turn."""
 PIECE_WRITER = "lastcall.piece_writer"
 """Key in the ASGI scope of the host's :class:`PieceWriter`, once the head of an event stream was sent."""
+ENDS_UNREAD = "lastcall.ends_unread"
+"""Key in the ASGI scope of a request whose event stream loses nothing by its end. So it does not wait for a client that
+does not read: it ends after ``unread_timeout_s``, as an answer does."""
 _SEQ_DIGITS_MAX = 15
 _ACCEPT_LENGTH_MAX = 2048
 

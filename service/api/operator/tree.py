@@ -2,13 +2,14 @@
 
 A viewer of the stream costs nothing between two looks, and all viewers share the looks. The stream holds no turn and
 no session, and it ends with the drain of a worker that others replace, or else when the streams of turns have ended: a
-viewer sees the phases of a shutdown pass until then.
+viewer sees the phases of a shutdown pass until then. A viewer that takes no byte for ``unread_timeout_s`` is cut: it
+comes back with a new snapshot.
 """
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from secrets import token_hex
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import trio
@@ -19,7 +20,7 @@ from quart_trio.wrappers import TrioResponse
 
 from service.api.http.admin_access import CrossSiteError
 from service.api.http.app_state import current_service, encoded_response
-from service.api.http.event_stream import HEADERS, MEDIA_TYPE, LastPiece
+from service.api.http.event_stream import ENDS_UNREAD, HEADERS, MEDIA_TYPE, LastPiece
 from service.api.http.operations import Answer, operation
 from service.api.http.proxy import is_from_peer, pass_to
 from service.api.http.query_params import read_query
@@ -116,6 +117,7 @@ async def stream_live_tree() -> TrioResponse:
     """Follow the live tree: a snapshot, then what changes, several times a second, up to the end of the process."""
     service = current_service()
     query = read_query(request, TreeEventsQuery)
+    cast("dict[str, Any]", request.scope)[ENDS_UNREAD] = True  # viewers that are away take no place from others
     if (response := await _other_worker(service, query.worker)) is not None:
         return response
     if len(service.tree.viewers) >= VIEWERS_MAX:

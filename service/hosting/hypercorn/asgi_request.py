@@ -7,8 +7,8 @@
   quart-trio 0.12 and 0.13 ``TrioASGIHTTPConnection``. Proven by ``tests/hosting/hypercorn/test_asgi_request.py``.
 * A client that is still sending its request when the work has ended gets an answer at once.
 * From the end of the lame duck on, each response on HTTP/1 says that the connection closes.
-* An answer that its client does not read is given up (``unread_answers``). It goes to hypercorn in pieces, because
-  hypercorn copies what it cannot send at once.
+* An answer that its client does not read is given up (``unread_answers``); so is an event stream that says so. It goes
+  to hypercorn in pieces, because hypercorn copies what it cannot send at once.
 * The server's messages go to the request without a task in between.
 """
 
@@ -26,7 +26,7 @@ from quart.wrappers import Request, Response
 from quart.wrappers.response import DataBody
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from service.api.http.event_stream import PIECE_WRITER, LastPiece, is_event_stream
+from service.api.http.event_stream import ENDS_UNREAD, PIECE_WRITER, LastPiece, is_event_stream
 from service.api.http.request_body import BoundedBody, drop_body
 from service.api.http.request_record import RequestRecord, record_of
 from service.errors import ShuttingDownError
@@ -166,11 +166,11 @@ class AsgiRequest(TrioASGIHTTPConnection):
                 message["headers"] = [*headers, (b"connection", b"close")]
             self._drop_body()
             is_stream = is_event_stream(message["headers"])
-            if not is_stream:
-                self._watch_answer(send)
+            if not is_stream or ENDS_UNREAD in self.scope:
+                self._watch_answer(send, is_endless=is_stream)
         with nullcontext() if self._answer is None else self._answer.waiting():
             await send(message)
-        if is_stream:
+        if is_stream and self._answer is None:
             self._offer_writer(send)
 
     def _offer_writer(self, send: Any) -> None:
@@ -186,11 +186,11 @@ class AsgiRequest(TrioASGIHTTPConnection):
             self._request.body.drop()
             drop_body(self._request)
 
-    def _watch_answer(self, send: Any) -> None:
+    def _watch_answer(self, send: Any, *, is_endless: bool) -> None:
         """Let the answer be given up if its client does not read. Its head can block, too, after earlier answers."""
         answers = unread_answers_of(self.app)
         if answers is not None:
-            self._answer = Answer.begun_by(send)
+            self._answer = Answer.begun_by(send, is_endless=is_endless)
             if self._answer is not None:
                 answers.add(self._answer)
 

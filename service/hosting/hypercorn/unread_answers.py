@@ -6,8 +6,11 @@ not hold an answer for hours, it is also given up once its client has waited for
 allow, and ``unread_timeout_s`` more: an answer of 1 MiB has 17 minutes.
 TCP counts the bytes that a client has taken; the server's own writes do not show it, because the kernel takes bytes in
 large pieces. On HTTP/2 a client may read the connection and leave a stream without a window: then the stream is reset.
-A connection that takes no bytes at all, and is full or has no window of its own, ends. Event streams are no answers:
-they wait.
+A connection that takes no bytes at all, and is full or has no window of its own, ends.
+
+Event streams are no answers: they wait. But one that says so (``ENDS_UNREAD``) ends like an answer. It has no end of
+its own and may tell little, so what counts for it is also what the kernel and the window hold back: a client that is
+away takes none of it, long before the stream itself has to wait.
 Proven by ``tests/hosting/hypercorn/test_unread_answers.py``.
 """
 
@@ -77,14 +80,24 @@ class Http2Stream:
 class Answer:
     """An answer on its way to its client.
 
+    Args:
+        is_endless: Whether it is an event stream, which ends only because its client does not read.
+
     Attributes:
         pieces: How many pieces of it hypercorn has taken, its head included.
     """
 
-    def __init__(self, connection: Connection | ExchangeConnection, stream: Http2Stream | None = None) -> None:
+    def __init__(
+        self,
+        connection: Connection | ExchangeConnection,
+        stream: Http2Stream | None = None,
+        *,
+        is_endless: bool = False,
+    ) -> None:
         self.pieces = 0
         self._connection = connection
         self._stream = stream
+        self._is_endless = is_endless
         self._is_waiting = False
         self._seen: tuple[int, ...] = ()
         self._connection_seen: tuple[int, ...] = ()
@@ -97,15 +110,15 @@ class Answer:
         return f"<Answer: {self.pieces} pieces sent, {self._looks} looks without progress of {self._waits}>"
 
     @classmethod
-    def begun_by(cls, send: object) -> Self | None:
+    def begun_by(cls, send: object, *, is_endless: bool = False) -> Self | None:
         """Return the answer that a request's ASGI ``send`` has begun; None where a server other than ours sends it."""
         stream = getattr(send, "__self__", None)
         if isinstance(stream, Http1Exchange):
-            return cls(stream.connection)
+            return cls(stream.connection, is_endless=is_endless)
         protocol = getattr(getattr(stream, "send", None), "__self__", None)
         connection = getattr(getattr(protocol, "send", None), "__self__", None)
         if isinstance(stream, HTTPStream) and isinstance(protocol, H2Protocol) and isinstance(connection, Connection):
-            return cls(connection, Http2Stream(connection, protocol, stream.stream_id))
+            return cls(connection, Http2Stream(connection, protocol, stream.stream_id), is_endless=is_endless)
         return None
 
     def waiting(self, size: int = 0) -> Self:
@@ -129,7 +142,7 @@ class Answer:
         self._waits += self._is_waiting  # and no time in which the application makes the next piece
         if (self._waits - LOOKS) * bytes_a_look > self._bytes:
             return True
-        taken = self._taken() if self._is_waiting else ()
+        taken = self._taken()
         if not taken or taken != self._seen:
             self._seen, self._looks = taken, 0
             self._connection_seen = _progress_of(self._connection.socket)
@@ -145,13 +158,26 @@ class Answer:
             self._stream.reset()
 
     def _taken(self) -> tuple[int, ...]:
-        """What grows or shrinks with each byte that the client takes."""
+        """What grows or shrinks with each byte that the client takes; empty if nothing waits for the client."""
+        if self._is_endless:
+            return self._held_back()
+        if not self._is_waiting:
+            return ()
         if self._stream is None:
             return (self.pieces, *_progress_of(self._connection.socket))
         # A head, or a stream with a window, waits only for its turn on a connection that is read.
         waits_for_turn = self.pieces == 0 or self._stream.has_window()
         progress = _progress_of(self._connection.socket) if waits_for_turn else ()
         return (self.pieces, self._stream.left_bytes, *progress)
+
+    def _held_back(self) -> tuple[int, ...]:
+        """What changes once the client takes a byte of what waits for it, and by nothing else; empty if none waits."""
+        if self._stream is not None and self._stream.left_bytes and not self._stream.has_window():
+            return (self._bytes - self._stream.left_bytes,)
+        unread_bytes, *taken = _progress_of(self._connection.socket) or (0,)
+        if taken:
+            return tuple(taken) if unread_bytes else ()
+        return (self.pieces, unread_bytes) if self._is_waiting else ()  # the kernel counts only on TCP
 
 
 class UnreadAnswers:

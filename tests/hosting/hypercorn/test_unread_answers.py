@@ -7,7 +7,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h2.config
 import h2.connection
@@ -18,10 +18,11 @@ import trio
 import trio.testing
 import trustme
 from hypercorn.protocol.h2 import StreamBuffer
-from quart import Quart
+from quart import Quart, request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
+from service.api.http.event_stream import ENDS_UNREAD
 from service.api.http.request_body import BoundedRequest
 from service.hosting.hypercorn import asgi_request
 from service.hosting.hypercorn.asgi_request import PIECE_BYTES, AsgiRequest
@@ -38,6 +39,8 @@ from tests.hosting.conftest import BRIEF_S, Serve, Served
 SIZE = 12 * 1024 * 1024
 """More than the kernel takes for a client that does not read."""
 SMALL = 5000
+ENDLESS_BEGINNING = 16 * 1024
+"""More than the kernel of such a client takes, and less than the server's."""
 WINDOW = h2.settings.SettingCodes.INITIAL_WINDOW_SIZE
 
 
@@ -57,6 +60,8 @@ class App(QuartTrio):
         self.route("/large")(self.large)
         self.route("/small")(self.small)
         self.route("/stream")(self.stream)
+        self.route("/endless")(self.endless)
+        self.tick = trio.lowlevel.ParkingLot()
 
     async def asgi_app(self, scope: Any, receive: Any, send: Any) -> None:
         self.begun += scope["type"] == "http"
@@ -78,6 +83,18 @@ class App(QuartTrio):
         async def body() -> AsyncIterator[bytes]:
             for _ in range(SIZE // PIECE_BYTES):
                 yield b"z" * PIECE_BYTES
+
+        return TrioResponse(body(), content_type="text/event-stream")
+
+    async def endless(self) -> TrioResponse:
+        """An event stream that need not wait for its client, with a small piece at each tick."""
+        cast("dict[str, Any]", request.scope)[ENDS_UNREAD] = True
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b"z" * ENDLESS_BEGINNING
+            while True:
+                await self.tick.park()
+                yield b": tick\n\n"
 
         return TrioResponse(body(), content_type="text/event-stream")
 
@@ -285,6 +302,83 @@ async def test_an_event_stream_that_is_not_read_waits(serve: Serve, connections:
             assert look(app.unread, 3 * LOOKS) == 0
             assert app.ended == 0
             await trio.aclose_forcefully(stalled)
+
+
+@pytest.mark.parametrize("kind", ["http1", "http1 tls", "http2", "http2 tls"])
+async def test_an_event_stream_that_loses_nothing_ends_unread_although_it_never_has_to_wait(
+    serve: Serve, connections: Connections, app: App, tmp_path: Path, kind: str
+) -> None:
+    """Between the looks it writes, and the kernel or the window holds that back."""
+    http2 = kind.startswith("http2")
+    context, files = a_context(tmp_path) if kind.endswith("tls") else (None, {})
+    async with serve(app, **files) as server:
+        with trio.fail_after(20):
+            stream = await connect(server, context, http2=http2)
+            if http2:
+                client = Http2Client(stream, window=1000)
+                await client.ask("endless")
+                while sum(client.received.values()) < 1000:
+                    await client.receive()
+            else:
+                await ask(stream, "endless")
+            await app.is_blocked()
+            looks = given_up = 0
+            while not given_up:
+                app.tick.unpark_all()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                [answer] = app.unread._answers
+                assert not answer._is_waiting
+                given_up = app.unread.look()
+                looks += 1
+            assert LOOKS < looks <= 3 * LOOKS
+            await app.is_blocked()
+            assert (app.ended, len(app.tick), repr(app.unread)) == (1, 0, "<UnreadAnswers: 0 on their way>")
+            await trio.aclose_forcefully(stream)
+
+
+@pytest.mark.parametrize("http2", [False, True])
+async def test_an_event_stream_that_loses_nothing_goes_on_while_its_client_takes_a_little(
+    serve: Serve, connections: Connections, app: App, http2: bool
+) -> None:
+    """At each look there is more that the client has not taken."""
+    async with serve(app) as server:
+        with trio.fail_after(20):
+            stream = await connect(server)
+            client = Http2Client(stream, window=1000)
+            asked = await client.ask("endless") if http2 else 0
+            if not http2:
+                await ask(stream, "endless")
+            await app.is_blocked()
+            for _ in range(3 * LOOKS):
+                for _ in range(100):
+                    app.tick.unpark_all()
+                    await trio.testing.wait_all_tasks_blocked()
+                if http2:
+                    client.connection.increment_flow_control_window(10, asked)
+                    await client.flush()
+                    await client.receive()
+                else:
+                    assert await stream.receive_some(100)
+                    assert await stream.receive_some(4096)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert app.unread.look() == 0
+            assert app.ended == 0
+            await trio.aclose_forcefully(stream)
+
+
+async def test_an_event_stream_that_loses_nothing_goes_on_while_it_is_read(
+    serve: Serve, connections: Connections, app: App
+) -> None:
+    async with serve(app) as server:
+        with trio.fail_after(20):
+            stream = await connect(server)
+            await ask(stream, "endless")
+            received = 0
+            while received < ENDLESS_BEGINNING:
+                received += len(await stream.receive_some(65536))
+            await app.is_blocked()
+            assert look(app.unread, 3 * LOOKS) == 0
+            await trio.aclose_forcefully(stream)
 
 
 @pytest.mark.parametrize("secure", [False, True])
