@@ -444,12 +444,38 @@ async def test_an_adopted_turn_is_kept_running_by_a_call_that_waits_only_if_its_
         turn_id = await suspended_with_client(store)
         async with open_next(store) as other:
             at = trio.current_time()
-            with trio.move_on_after(3 * RETURN_S):
+            with trio.move_on_after(CLIENT_RETURNS_S + RETURN_S):
                 await other.sessions.wait_turn("s", turn_id, is_client=is_client)
             await other.sessions.get_turn("s", turn_id, is_client=is_client)
             record = await other.sessions.wait_turn("s", turn_id)
             assert (record.state, record.reason) == ("cancelled", "disconnected")
-            assert trio.current_time() - at == pytest.approx(4 * RETURN_S if is_client else CLIENT_RETURNS_S)
+            assert trio.current_time() - at == pytest.approx(CLIENT_RETURNS_S + (2 * RETURN_S if is_client else 0))
+
+
+@pytest.mark.parametrize("looks", ["not", "adopts", "asks", "waits", "streams"])
+async def test_whoever_looks_at_an_adopted_turn_and_leaves_does_not_shorten_the_time_of_its_client(
+    looks: str, autojump_clock: MockClock
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended_with_client(store)
+    async with open_next(store) as other:
+        at = trio.current_time()
+        if looks == "adopts":
+            await other.sessions.get_turn("s", turn_id, is_client=True)
+        else:
+            await other.sessions._acceptance.adopt("s")
+        await trio.sleep(1)
+        if looks == "asks":
+            await other.sessions.get_turn("s", turn_id, is_client=True)
+        elif looks == "waits":
+            with trio.move_on_after(1):
+                await other.sessions.wait_turn("s", turn_id, is_client=True)
+        elif looks == "streams":
+            _, watch = await other.sessions.open_events("s", turn_id)
+            watch.release()
+        record = await other.sessions.wait_turn("s", turn_id)
+        assert (record.state, record.reason) == ("cancelled", "disconnected")
+        assert trio.current_time() - at == pytest.approx(CLIENT_RETURNS_S)
 
 
 async def test_a_turn_whose_client_comes_back_runs_on_with_it(autojump_clock: MockClock) -> None:

@@ -462,7 +462,8 @@ async def get_turn(session_id: str, turn_id: str) -> TrioResponse:
     `streams_max`.
 
     A turn that goes on after its process has stopped or died (`on_interrupt`) has lost its clients. Each call by a
-    caller who may talk keeps it from being cancelled, while the call waits and for five seconds more.
+    caller who may talk keeps it from being cancelled, while the call waits and for five seconds more. In the first 30
+    seconds after it has begun to go on no such turn is cancelled for lack of clients.
     """
     session_id, turn_id = checked_session_id(session_id), checked_turn_id(turn_id)
     wait_s = read_query(request, TurnQuery).wait

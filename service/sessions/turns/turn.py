@@ -134,6 +134,7 @@ class Turn:
         self._record = record
         self._on_disconnect = on_disconnect
         self._return_deadline = -inf
+        """Until when a client may come back, whoever leaves before: that of an adopted turn may be another one."""
         self._watches = self._readers = 0
         self._reply = Reply(self.log, record.id)
         self._spent: Usage | None = record.usage
@@ -145,7 +146,9 @@ class Turn:
         """Take over the output of earlier processes, and wait for their client; or begin."""
         record = self._record
         if self.was_adopted and self._on_disconnect == "cancel":
-            self.deadlines.note_no_client(returns_within_s=max(self._settings.disconnect_grace_s, CLIENT_RETURNS_S))
+            returns_within_s = max(self._settings.disconnect_grace_s, CLIENT_RETURNS_S)
+            self._return_deadline = trio.current_time() + returns_within_s
+            self.deadlines.note_no_client(returns_within_s=returns_within_s)
         if not self.log.last_seq:
             if record.state == "queued":
                 self.append(TurnQueued(seq=1, session_id=record.session_id, turn_id=record.id))
@@ -287,7 +290,7 @@ class Turn:
         self._watches -= 1
         self._note_if_over()
         if client_returns:
-            self._return_deadline = now + RETURN_S
+            self._return_deadline = max(self._return_deadline, now + RETURN_S)
         if self._watches or self._on_disconnect == "continue" or self.end is not None:
             return
         returns_within_s = max(self._settings.disconnect_grace_s, self._return_deadline - now)

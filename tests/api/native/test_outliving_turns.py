@@ -148,10 +148,10 @@ async def test_a_client_that_was_told_where_its_turn_is_keeps_it_running_while_i
 async def test_a_client_that_asks_no_more_has_its_turn_cancelled_after_some_seconds(
     autojump_clock: MockClock, shared: MemoryStore
 ) -> None:
-    reply = await cut({"on_interrupt": "continue"}, model=SLOW, sse=False)
-    async with open_api(model_url=SLOW) as api:
+    reply = await cut({"on_interrupt": "continue"}, model=LONG, sse=False)
+    async with open_api(model_url=LONG) as api:
         path = reply.headers["location"]
-        asked = (await api.call("GET", f"{path}?wait=7")).json
+        asked = (await api.call("GET", f"{path}?wait=40")).json
         assert asked["state"] == "running"
         left_at = trio.current_time()
         [turn] = api.service.sessions.open_turns()
