@@ -487,7 +487,7 @@ async def test_a_proxied_request_that_outlives_the_service_is_not_closed_after_a
     forward.close()
 
 
-def test_stream_places_are_bounded_and_given_back_once() -> None:
+async def test_stream_places_are_bounded_and_given_back_once() -> None:
     from service.sessions.events.streams import Streams
 
     streams = Streams(streams_max=1, heartbeat_interval_s=15, stop=StopState())
