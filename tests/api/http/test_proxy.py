@@ -288,7 +288,7 @@ async def test_the_client_of_a_stream_that_goes_on_here_is_the_turns_client(
     turn = msgspec.structs.replace(a_turn(TURN, "s"), started_at=datetime.now(UTC), on_interrupt="retry")
     async with open_owner(tmp_path, turn=turn) as (api, owner):
         slow = ScriptedClient(Script(tokens=1000, rate=100, first_token_s=0))
-        monkeypatch.setattr(api.service.sessions._acceptance, "_client_for", lambda _: slow)
+        monkeypatch.setattr(api.service.sessions._acceptance.adoptions, "_client_for", lambda _: slow)
         async with api.open("GET", EVENTS, headers=SSE) as client:
             await client.send_complete()
             stream, _ = await owner.take()
