@@ -38,6 +38,7 @@ from service.settings import Settings
 from service.stop_state import StopState
 from service.storage.memory import MemoryStore
 from service.storage.records import BegunTurn, TurnRecord
+from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.tracing import Tracing
 
 
@@ -200,9 +201,10 @@ async def open_stage(store: MemoryStore | None = None, /, **settings: Any) -> As
     """Sessions with these settings over the defaults; on exit the stage checks that none of their parts is left.
 
     Args:
-        settings: And ``tracing``, which makes the spans of turns.
+        settings: And ``tracing``, which makes the spans of turns, and ``metrics``, which count.
     """
     tracing: Tracing | None = settings.pop("tracing", None)
+    metrics: Metrics | None = settings.pop("metrics", None)
     store = store or MemoryStore()
     puppet = Puppet()
     clock = TestClock()
@@ -214,6 +216,7 @@ async def open_stage(store: MemoryStore | None = None, /, **settings: Any) -> As
         settings=Settings.model_validate(settings),
         stop=stop,
         tracing=tracing,
+        metrics=metrics,
     ) as sessions:
         yield Stage(sessions, store, puppet, clock, stop)
     assert puppet.open_replies == 0, "a model call outlived its turn"

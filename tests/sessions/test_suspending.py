@@ -47,6 +47,9 @@ from service.storage.pieces import Run
 from service.storage.records import Adoption, EndResult, OpenTurn, SessionPatch, SuspendedTurn, TurnRecord
 from service.storage.rules import HANDED_OVER_ATTEMPTS_MAX
 from service.storage.sqlite import open_sqlite_store
+from service.telemetry.metrics import families
+from service.telemetry.metrics.families import Family
+from service.telemetry.metrics.metrics import Metrics
 from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
 from tests.storage.rows import suspended_in
 from tests.storage.test_store_owners import take_for_dead
@@ -996,8 +999,12 @@ async def test_an_end_that_the_store_refuses_is_told_once_the_store_has_it(autoj
 async def test_an_end_that_the_store_still_refuses_is_not_told_because_another_process_may_run_the_turn_again(
     stops: bool, autojump_clock: MockClock
 ) -> None:
-    store = RefusesEnds()
-    async with open_stage(store) as stage:
+    store, metrics = RefusesEnds(), Metrics()
+
+    def counted(family: Family) -> dict[tuple[str, ...], list[float]]:
+        return metrics.memory.read([family])[family]
+
+    async with open_stage(store, metrics=metrics) as stage:
         await stage.sessions.create_session(NewSession(id="s"))
         turn, reply = await begun(stage, CONTINUES, "Hello")
         reply.finish()
@@ -1009,11 +1016,15 @@ async def test_an_end_that_the_store_still_refuses_is_not_told_because_another_p
                 await turn.wait_ended()
         assert kinds(list(turn.log.events())) == ["turn.started", "turn.delta"]
         assert (turn.log.is_moved, stage.sessions.pending_writes.turns) == (True, 1)
+        assert counted(families.TURNS) == {}
         # The release phase of a stop, or the recovery, tries again.
         store.refuses = False
         await stage.sessions.pending_writes.retry()
         assert (await stage.sessions.get_turn("s", turn.id)).state == "completed"
         assert kinds(await events_of(stage, turn.id))[-1] == "turn.completed"
+        await stage.sessions.pending_writes.retry()
+        assert counted(families.TURNS) == {("completed", "stop"): [1]}
+        assert counted(families.TURNS_UNTOLD) == counted(families.ENDS_NOT_STORED) == {(): [0]}
 
 
 async def test_an_end_of_a_turn_that_fails_in_a_stop_is_told_as_ever_where_the_store_refuses_it(

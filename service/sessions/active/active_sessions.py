@@ -114,6 +114,7 @@ class ActiveSessions:
         """Add an accepted turn. The caller holds the session and the session's acceptance lock."""
         session.add(turn)
         self._turns_open += 1
+        turn.note_accepted()
         self._metrics.add(families.TURNS_ACCEPTED, "adopted" if turn.was_adopted else "new")
 
     def note_ended(self, turn: Turn) -> None:

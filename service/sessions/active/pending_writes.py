@@ -97,6 +97,7 @@ class PendingWrites:
         """Drop the ends of a session that is deleted."""
         for turn in self._ends_of(session_id):
             del self._ends[turn.id]
+            turn.settle(is_kept=True)
 
     def _ends_of(self, session_id: str) -> list[Turn]:
         return [turn for turn in self._ends.values() if turn.session_id == session_id]
@@ -139,15 +140,18 @@ class PendingWrites:
         """
         runs = turn.log.runs()
         record = msgspec.structs.replace(turn.untold or turn.record(), stored=True)
+        is_kept = False
         try:
             with self.writing():
                 result = await self._store.end_turn(record, runs=runs, now=self._clock(), after=turn.stored_seq)
-            turn.stored = turn.stored or result.is_kept
+            is_kept = result.is_kept
+            turn.stored = turn.stored or is_kept
         except StoreError:
             raise
         except Exception:
             logger.exception("storing the end of a turn failed; giving this write up", turn_id=turn.id)
-        self._ends.pop(turn.id, None)
+        if self._ends.pop(turn.id, None) is not None:  # and not another call
+            turn.settle(is_kept=is_kept)
 
     async def _try_to_write(self) -> None:
         """Make a test write that no caller can see: a session that has expired already. Raises: StoreError."""

@@ -241,6 +241,10 @@ class Turn:
             raise TurnMovedError(session_id=self.session_id, turn_id=self.id)
         return self.record()
 
+    def note_accepted(self) -> None:
+        """Note that the turn was accepted: the metrics count its end from now on."""
+        self._meter.is_accepted = True
+
     # Its end
 
     def decide(self, end: outcome.Outcome | outcome.Suspended) -> bool:
@@ -492,9 +496,7 @@ class Turn:
         assert not isinstance(self.end, outcome.Suspended), "a suspended turn has no end here"
         self._record = record
         self.stored = stored
-        self._meter.count_end(
-            self.end, model=record.model, usage=record.usage, crashed=self.crashed, is_kept=stored or self.is_lost
-        )
+        self._count_end(record, is_kept=stored or self.is_lost)
         self.log.close(self.terminal_event(stored=stored))
         self.ended.set()
         if self.trace is not None:
@@ -505,17 +507,38 @@ class Turn:
         """Close the log without a terminal event: the last step of a turn that goes on elsewhere.
 
         Args:
-            untold: Its end, which the store has not taken yet: another process may tell another one.
+            untold: Its end, which the store has not taken yet: another process may tell another one. It is counted by
+                :meth:`settle`, unless the turn is lost.
         """
         self.is_ending = True
         self.untold = untold
         self._spent, self._stream = self.usage, None
-        self._meter.count_leave(self.end)
+        if untold is None or self.is_lost:
+            self._meter.count_leave(self.end)
         self.log.leave()
         self.ended.set()
         if self.trace is not None:
             self._end_trace(self.trace)
         self._note_if_over()
+
+    def settle(self, *, is_kept: bool) -> None:
+        """Count an end that was left untold, if this is one.
+
+        Args:
+            is_kept: Whether clients find it in the store from now on, or its session was deleted. Otherwise the store
+                will never take it.
+        """
+        if self.untold is None:
+            return
+        if is_kept:
+            self._count_end(self.untold, is_kept=True)
+        else:
+            self._meter.count_leave(self.end)
+
+    def _count_end(self, record: TurnRecord, *, is_kept: bool) -> None:
+        assert self.end is not None
+        assert not isinstance(self.end, outcome.Suspended), "a suspended turn has no end here"
+        self._meter.count_end(self.end, model=record.model, usage=record.usage, crashed=self.crashed, is_kept=is_kept)
 
     def take_trace(self, trace: TurnTrace) -> None:
         """Take the span of the turn, and keep its name for other processes, if the turn may go on there."""

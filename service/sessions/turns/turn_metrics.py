@@ -15,13 +15,15 @@ class TurnMeter:
     """Counts one turn. Its methods take a few microseconds, and none of them fails.
 
     Attributes:
+        is_accepted: Whether the turn was accepted. The end of another one is not counted: its caller got an error.
         first_token_at: When the first pieces of the model came, on Trio's clock.
     """
 
-    __slots__ = ("_accepted_at", "_gaps", "_metrics", "_token_at", "_upstream", "first_token_at")
+    __slots__ = ("_accepted_at", "_gaps", "_metrics", "_token_at", "_upstream", "first_token_at", "is_accepted")
 
     def __init__(self, metrics: Metrics, upstream: str) -> None:
         self.first_token_at: float | None = None
+        self.is_accepted = False
         self._metrics = metrics
         self._upstream = upstream
         self._gaps = metrics.gaps_of(upstream)
@@ -47,11 +49,13 @@ class TurnMeter:
             gaps.counts[0] += pieces - 1  # no time was between them
 
     def count_end(self, end: outcome.Outcome, *, model: str, usage: Usage | None, crashed: bool, is_kept: bool) -> None:
-        """Count an end that is told now.
+        """Count an end that is told now, or that clients find in the store from now on.
 
         Args:
             is_kept: Whether the store has the end, or will never take it, because the turn was deleted meanwhile.
         """
+        if not self.is_accepted:
+            return
         name, reason = _named(end)
         metrics = self._metrics
         metrics.add_gaps()
@@ -64,7 +68,9 @@ class TurnMeter:
             metrics.add(families.ENDS_NOT_STORED)
 
     def count_leave(self, end: outcome.Outcome | outcome.Suspended | None) -> None:
-        """Count a turn that leaves this process without a terminal event."""
+        """Count a turn that has left this process without a terminal event."""
+        if not self.is_accepted:
+            return
         self._metrics.add_gaps()
         if isinstance(end, outcome.Suspended):
             self._metrics.add(families.TURNS, "suspended", "")

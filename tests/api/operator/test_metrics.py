@@ -135,6 +135,33 @@ async def test_an_end_that_the_store_refuses_is_counted_and_pending_until_it_is_
     assert after["lastcall_sqlite_wal_bytes", ""] > 0
 
 
+async def test_a_turn_whose_caller_got_an_error_is_no_turn_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "lastcall.db"
+    async with open_api(store_url=f"sqlite:{path}", store_timeout_s=0.3, cleanup_timeout_s=0.3) as api:
+        sessions = [await api.new_session() for _ in range(2)]
+        with closing(database.connect(path)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for session, on_interrupt in zip(sessions, ("fail", "continue"), strict=True):
+                turn = {"input": "a", "on_interrupt": on_interrupt}
+                assert (await api.call("POST", f"/sessions/{session}/turns", turn)).status == 503
+            during = await scrape(api)
+            other.execute("ROLLBACK")
+        with trio.fail_after(30):
+            while api.service.sessions.pending_writes.turns:
+                try:
+                    await api.service.sessions.pending_writes.retry()
+                except StoreError:
+                    await trio.sleep(0.01)
+        after = await scrape(api)
+    assert during["lastcall_turn_ends_pending", ""] == 2
+    for samples in (during, after):
+        assert turns(samples) == {}
+        assert samples["lastcall_turns_accepted_total", "origin=new"] == 0
+        assert samples["lastcall_turn_ends_not_stored_total", ""] == 0
+        assert samples["lastcall_turns_without_terminal_event_total", ""] == 0
+        assert samples["lastcall_turn_duration_seconds_count", "outcome=failed"] == 0
+
+
 async def test_refused_requests_are_counted_by_code() -> None:
     async with open_api(streams_max=1) as api:
         for _ in range(2):
