@@ -30,6 +30,8 @@ CLIENT = "lastcall.js"
 _CLIENT_IN_CHECKOUT = FOLDER.parents[1] / "clients/js" / CLIENT
 
 _CONSOLE = "lastcall.console"
+_READING = "lastcall.console_reading"
+"""Key of the limit on threads that read the console: one, which does not count among those for Trio's other work."""
 _PAGE = "index.html"
 _PLACE = b"{files}"
 """What stands in the page for the address of the folder of its files."""
@@ -142,11 +144,17 @@ async def console_file(version: str, name: str) -> TrioResponse:
 
 
 async def console_of(app: Quart) -> Console:
-    """Return the console of an application. Its files are read once, in a thread."""
+    """Return the console of an application. Its files are read once, in a thread. A caller may leave at any time."""
     if _CONSOLE not in app.extensions:
-        app.extensions[_CONSOLE] = await trio.to_thread.run_sync(Console.load)
+        limiter = app.extensions.setdefault(_READING, trio.CapacityLimiter(1))
+        await trio.to_thread.run_sync(_load_into, app.extensions, abandon_on_cancel=True, limiter=limiter)
     console: Console = app.extensions[_CONSOLE]
     return console
+
+
+def _load_into(extensions: dict[str, object]) -> None:
+    if _CONSOLE not in extensions:  # one thread at a time: those that waited have it already
+        extensions[_CONSOLE] = Console.load()
 
 
 def _respond(file: File, caching: str) -> TrioResponse:

@@ -2,13 +2,16 @@
 
 import re
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
-from service.api.operator.console import FOLDER, Console
+from service.api.app import create_app
+from service.api.operator.console import FOLDER, Console, console_of
 from tests.api.inprocess import Api, Reply, open_api
 from tests.docs.blocks import ROOT
 
@@ -58,6 +61,39 @@ async def test_the_page_is_asked_for_each_time_and_its_files_are_kept_for_ever()
                 assert again.headers["etag"] == reply.headers["etag"]
                 assert again.headers["cache-control"] == reply.headers["cache-control"]
             assert (await api.call("GET", path, headers={"If-None-Match": '"other"'})).status == 200
+
+
+async def test_callers_that_leave_while_the_files_are_read_take_no_thread_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, may_answer, reads = threading.Event(), threading.Event(), []
+    load = Console.load
+
+    def hang() -> Console:
+        reads.append(threading.get_ident())
+        begun.set()
+        may_answer.wait()
+        return load()
+
+    monkeypatch.setattr(Console, "load", hang)
+    app = create_app()
+    try:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                for _ in range(3):
+                    nursery.start_soon(console_of, app)
+                await trio.to_thread.run_sync(begun.wait)
+                await wait_all_tasks_blocked()
+                assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+                nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(console_of, app)
+                await wait_all_tasks_blocked()
+                may_answer.set()
+            assert (await console_of(app)).page.content == load().page.content
+    finally:
+        may_answer.set()
+    assert len(reads) == 1, "those that came later wait for the first"
 
 
 async def test_a_page_of_another_version_gets_files_but_keeps_none() -> None:
