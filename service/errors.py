@@ -33,6 +33,7 @@
     │       ├── BranchLimitError     ``branches_max``
     │       ├── StreamLimitError     ``streams_max``
     │       ├── SessionLimitError    ``memory_sessions_max``
+    │       ├── ReportsUnavailableError  the file of past shutdowns cannot be read now
     │       └── ShuttingDownError    no new work: the service is about to stop
     ├── RepeatedError                an earlier call with this idempotency key made something; callers never see this
     ├── StoreError                   the store refused, hung or broke
@@ -380,6 +381,15 @@ class StreamLimitError(LimitError):
 
 class SessionLimitError(LimitError):
     code = "session_limit"
+
+
+class ReportsUnavailableError(LimitError):
+    """The disk with the reports of past shutdowns refuses or hangs. ``reason`` is a part of the sentence."""
+
+    code = "reports_unavailable"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The reports of past shutdowns cannot be read: {reason}.", retry_after_s=10)
 
 
 class ShuttingDownError(LimitError):

@@ -65,6 +65,7 @@ from service.storage.store_deadline import answered_within
 from service.telemetry.live_tree import LiveTree
 from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.refusal_log import RefusalLog
+from service.telemetry.shutdown_reports import ShutdownReports, open_shutdown_reports
 from service.telemetry.trace_variables import OpenTracing
 from service.telemetry.tree_nodes import Node, Notes
 
@@ -89,6 +90,7 @@ class Service:
     tree: LiveTree
     gauges: Gauges
     tracing: "Tracing | None"
+    shutdown_reports: ShutdownReports | None
 
 
 @asynccontextmanager
@@ -123,6 +125,7 @@ async def open_service(
     refusals = RefusalLog(metrics)
     keys = ApiKeys(settings, read_sources=read_sources)
     tree = LiveTree()
+    shutdown_reports = await open_shutdown_reports(settings)
     async with (
         _open_tracing(open_tracing, shutdown) as tracing,
         shutdown.closing(_open_store(settings, peer_address, metrics), "the store") as store,
@@ -173,7 +176,20 @@ async def open_service(
         await nursery.start(keys.run, name="key loop")
         await nursery.start(tree.run, name="tree keeper")
         models = ModelCatalog(upstreams, default_model=settings.default_model)
-        yield Service(settings, clock, store, sessions, models, shutdown, refusals, keys, tree, gauges, tracing)
+        yield Service(
+            settings,
+            clock,
+            store,
+            sessions,
+            models,
+            shutdown,
+            refusals,
+            keys,
+            tree,
+            gauges,
+            tracing,
+            shutdown_reports,
+        )
         nursery.cancel_scope.cancel()
 
 

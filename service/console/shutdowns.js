@@ -65,25 +65,30 @@ function nothing(kept) {
   return h("div", { class: "blank" }, h("h2", { text: kept === "none" ? "Reports are not kept" : "No shutdown yet" }), h("p", { text: words }));
 }
 
-const listOf = (reports) => h("ol", { class: "reports" }, reports.map((it) => (it.kind === "crash" ? crash(it) : stop(it))));
+const listOf = (reports) => h("ol", { class: "reports" }, reports.map((it) => (it.kind === "stop" ? stop(it) : unreported(it))));
 
-function crash({ pid, started_at: startedAt }) {
+const UNREPORTED = {
+  crash: "This process is gone and has said nothing: it was killed (kill -9, out of memory) or the machine stopped. The next start ended its turns as interrupted, or went on with them.",
+  unknown: "This process has left no report so far. It is or was in another container or on another machine: this process cannot see whether it still runs or was killed.",
+};
+
+function unreported({ kind, pid, started_at: startedAt }) {
   return h(
     "li",
-    { class: "report", data: { state: "crash" } },
+    { class: "report", data: { state: kind } },
     h(
       "div",
       { class: "report-head" },
       h("h2", { text: "No report" }),
       h("span", { class: "soft", text: `process ${pid}, started ${date(startedAt)}` }),
-      h("span", { class: "report-result", text: "crash" }),
+      h("span", { class: "report-result", text: kind }),
     ),
-    h("p", { class: "soft", text: "This process is gone and has said nothing: it was killed (kill -9, out of memory) or the machine stopped. The next start ended its turns as interrupted, or went on with them." }),
+    h("p", { class: "soft", text: UNREPORTED[kind] }),
   );
 }
 
 function stop(report) {
-  const { at, reason, faults, phases_ms: took, exit_code: code } = report;
+  const { at, reason, faults = [], phases_ms: took, exit_code: code } = report;
   const isClean = faults.length === 0 && code === 0;
   return h(
     "li",
@@ -91,11 +96,11 @@ function stop(report) {
     h(
       "div",
       { class: "report-head" },
-      h("h2", {}, `${reasonWords(reason)} in ${duration(took.total)}`),
+      h("h2", {}, `${reasonWords(reason)}${took?.total === undefined ? "" : ` in ${duration(took.total)}`}`),
       h("span", { class: "soft" }, h("time", { dateTime: at, title: at, text: `${date(at)}, ${agoWords(at)}` }), ` · process ${report.pid} · ran ${ran(report)}`),
       h("span", { class: "report-result", text: `exit ${code ?? "?"} · ${CODES[code] ?? "by a signal"}` }),
     ),
-    bars(report),
+    took?.total === undefined ? null : bars(report), // another version may have written it otherwise
     tallies(report),
     faults.length > 0 ? h("ul", { class: "faults", "aria-label": "Faults" }, faults.map((it) => h("li", { text: it }))) : null,
   );

@@ -198,11 +198,12 @@ export function mount(root, context) {
     try {
       const { data } = await service.json("GET", "/admin/shutdowns?limit=1", { signal });
       const last = data[0];
-      farewell.hidden = !last?.phases_ms;
-      if (!last?.phases_ms) return;
+      const total = last?.phases_ms?.total;
+      farewell.hidden = total === undefined;
+      if (total === undefined) return;
       farewell.replaceChildren(
         icon("check"),
-        h("span", { text: `Process ${last.pid} stopped in ${duration(last.phases_ms.total)}, with ${counted(last.faults.length, "fault")}. This is another one. ` }),
+        h("span", { text: `Process ${last.pid} stopped in ${duration(total)}, with ${counted(last.faults?.length ?? 0, "fault")}. This is another one. ` }),
         h("a", { href: "#/shutdowns", text: "Its report" }),
         button({ label: "Close this message", icon: "close", kind: "bare small", press: () => (farewell.hidden = true) }),
       );

@@ -247,8 +247,9 @@ class Hosting(Host):
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
                     nursery.start_soon(self._announce, service)
-                    if self._history is not None:
-                        nursery.start_soon(self._note_started, self._history)
+                    if self._history is not None and service.shutdown_reports is not None:
+                        # Beside the start: a disk that hangs holds nothing up.
+                        nursery.start_soon(service.shutdown_reports.note_started, self._history)
                     nursery.start_soon(self._unread_answers.run)
                     nursery.start_soon(self._leave_clients_to_others)
                     await self._shutdown.reached(Phase.RELEASING)
@@ -285,10 +286,6 @@ class Hosting(Host):
             self._worker.master.tell_serving(self._peer_address)
         addresses, secure = self._listeners.addresses, self._listeners.secure_addresses
         announce(self._log, self._settings, binds=addresses, secure=secure, store=service.store.name)
-
-    async def _note_started(self, history: ShutdownHistory) -> None:
-        """Note the start beside the start: a disk that hangs holds nothing up."""
-        await trio.to_thread.run_sync(history.note_started, abandon_on_cancel=True)
 
     def _ask_stop(self, reason: str) -> None:
         """Begin the stop of the whole server, as a signal to it would. A master, if there is one, gives the notice."""

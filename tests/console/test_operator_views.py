@@ -4,13 +4,16 @@ import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from bench.server_process import Launch, ServerProcess, open_server, python_command
+from service.telemetry.shutdown_history import Line, ShutdownHistory
 from tests.console.accessibility import violations
 from tests.console.conftest import Server, Tabs
 from tests.docs.browser import CAP_S, Page
@@ -256,6 +259,19 @@ async def own_server(folder: Path, **settings: str) -> AsyncIterator[tuple[Serve
         yield Server(f"http://127.0.0.1:{process.port}"), process
 
 
+def lines_of_others() -> str:
+    """What the file may have of others: one killed here, one elsewhere, a stop without the parts known here."""
+    here = ShutdownHistory(Path("unused"))._run
+    killed = msgspec.structs.replace(here, run="1", ticks="1", started_at=datetime(2026, 1, 3, tzinfo=UTC))
+    elsewhere = msgspec.structs.replace(
+        killed, run="2", boot="other", host="other", started_at=datetime(2026, 1, 2, tzinfo=UTC)
+    )
+    stopped = msgspec.structs.replace(killed, run="3")
+    stop = Line(of=stopped, at=datetime(2026, 1, 1, tzinfo=UTC), report={"reason": "later"})
+    lines = (Line(of=killed), Line(of=elsewhere), stop)
+    return "".join(f"\n{msgspec.json.encode(line).decode()}\n" for line in lines)
+
+
 async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(tabs: Tabs, tmp_path: Path) -> None:
     settings = {"drain_timeout_s": "2", "model_url": "scripted:?tokens=4000&rate=20&first_token_s=0"}
     async with own_server(tmp_path, **settings) as (server, process):
@@ -280,6 +296,8 @@ async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(
             "document.querySelectorAll('.row').length === 1"
         )  # of the process, which holds nothing any more
         assert (await process.wait_gone()).exit_code == 0
+    with (tmp_path / "store.db-shutdowns").open("a") as history:  # noqa: ASYNC230  a line of a small file
+        history.write(lines_of_others())
     async with own_server(tmp_path, **(settings | {"bind": bind})):
         await page.wait_for("document.querySelector('.tree-farewell:not([hidden])')?.innerText.includes('0 faults')")
         await page.click(".tree-farewell a")
@@ -287,6 +305,13 @@ async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(
         report = await page.get("document.querySelector('.report').innerText")
         assert "exit 0 · clean" in report
         assert "1\ninterrupted" in report.replace("interrupted\n1", "1\ninterrupted")
+        others = await page.get("[...document.querySelectorAll('.report')].slice(1).map((it) => it.innerText)")
+        assert "crash" in others[0]
+        assert "this process is gone" in others[0].lower()
+        assert "unknown" in others[1]
+        assert "cannot see whether it still runs" in others[1]
+        assert "Later: stopped" in others[2]
+        assert await violations(page) == []
     page.complaints.clear()  # a browser complains about each answer of a server that is away
 
 

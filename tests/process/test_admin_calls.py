@@ -70,7 +70,7 @@ async def test_two_workers_show_each_other_and_a_drain_stops_both(tmp_path: Path
     reports = [line for line in (tmp_path / "server.log").read_text().splitlines() if "shutdown report" in line]
     assert {json.loads(line)["reason"] for line in reports} == {"admin drain"}
     assert len(reports) == 2
-    history = read_history(tmp_path / "lastcall.db-shutdowns", limit=50)
+    history = [it.line for it in read_history(tmp_path / "lastcall.db-shutdowns", limit=50)]
     assert {line.of.pid for line in history} == pids
     for line in history:
         assert line.at is not None

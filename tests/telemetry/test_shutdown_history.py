@@ -11,10 +11,14 @@ import pytest
 
 from service.settings import Settings
 from service.telemetry import shutdown_history
-from service.telemetry.shutdown_history import BYTES_MAX, ShutdownHistory, history_file, read_history
+from service.telemetry.shutdown_history import BYTES_MAX, Line, ShutdownHistory, history_file, read_history
 
 REPORT: dict[str, Any] = {"reason": "SIGTERM", "phases_ms": {"total": 12.5}, "faults": ()}
 BOUNDS = {"total": 5000.0}
+
+
+def lines_of(file: Path, *, limit: int = 50) -> list[Line]:
+    return [it.line for it in read_history(file, limit=limit)]
 
 
 def stop(history: ShutdownHistory, **report: Any) -> None:
@@ -33,32 +37,59 @@ def test_stops_come_newest_first_with_their_reports(tmp_path: Path) -> None:
         history = ShutdownHistory(file)
         history.note_started()
         stop(history, reason=f"reason {number}")
-    read = read_history(file, limit=50)
+    read = lines_of(file)
     assert [(it.report or {})["reason"] for it in read] == ["reason 2", "reason 1", "reason 0"]
     assert read[0].at is not None
     assert read[0].bounds_ms == BOUNDS
-    assert len(read_history(file, limit=2)) == 2
+    assert len(lines_of(file, limit=2)) == 2
     assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_start_without_a_stop_is_a_crash_once_its_process_is_gone(tmp_path: Path) -> None:
     file = tmp_path / "shutdowns"
     ShutdownHistory(file).note_started()
-    assert read_history(file, limit=50) == [], "this process lives"
+    assert lines_of(file) == [], "this process lives"
     crashed = dead(ShutdownHistory(file))
     crashed.note_started()
-    rebooted = ShutdownHistory(file)
-    rebooted._run = msgspec.structs.replace(rebooted._run, boot="another boot")
-    rebooted.note_started()
-    assert {line.of.run for line in read_history(file, limit=50)} == {crashed._run.run, rebooted._run.run}
-    assert all(line.at is None for line in read_history(file, limit=50))
+    assert [(it.line.of, it.fate) for it in read_history(file, limit=50)] == [(crashed._run, "gone")]
+
+
+FIRST = shutdown_history._FIRST_NAMESPACE
+HERE = {"boot": "this boot", "namespace": FIRST, "host": os.uname().nodename}
+
+
+@pytest.mark.parametrize(
+    ("namespace", "changes", "fate"),
+    [
+        (FIRST, {"boot": "before"}, "gone"),  # this machine has started anew
+        (FIRST, {"boot": "other", "host": "other"}, "unknown"),
+        (FIRST, {"namespace": "pid:[1]"}, "unknown"),
+        (FIRST, {"namespace": "pid:[1]", "boot": "other"}, "unknown"),
+        ("pid:[2]", {"namespace": "pid:[2]", "boot": "other"}, "unknown"),  # a container of the same name elsewhere
+        ("pid:[2]", {"namespace": "pid:[2]", "ticks": "1"}, "gone"),
+        (FIRST, {"namespace": ""}, "unknown"),
+        (FIRST, {"ticks": ""}, "unknown"),
+    ],
+)
+def test_a_process_that_cannot_be_seen_from_here_is_told_neither_as_a_crash_nor_as_alive(
+    namespace: str, changes: dict[str, str], fate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutdown_history, "_boot", lambda: "this boot")
+    monkeypatch.setattr(shutdown_history, "_namespace", lambda: namespace)
+    other = ShutdownHistory(tmp_path / "shutdowns")
+    other._run = msgspec.structs.replace(other._run, **(HERE | changes))
+    other.note_started()
+    assert [(it.line.at, it.fate) for it in read_history(tmp_path / "shutdowns", limit=50)] == [(None, fate)]
+    stop(other)
+    (told,) = lines_of(tmp_path / "shutdowns")
+    assert told.at is not None, "its report says that it has stopped"
 
 
 def test_a_start_that_is_written_after_its_stop_is_no_crash(tmp_path: Path) -> None:
     history = dead(ShutdownHistory(tmp_path / "shutdowns"))
     stop(history)
     history.note_started()
-    (line,) = read_history(tmp_path / "shutdowns", limit=50)
+    (line,) = lines_of(tmp_path / "shutdowns")
     assert line.at is not None
 
 
@@ -72,7 +103,7 @@ def test_a_torn_line_and_bytes_of_no_sense_spoil_no_other(tmp_path: Path) -> Non
     stop(second)
     with file.open("ab") as opened:
         opened.write(b"\xff\x00{}\n[1]\n" + whole[1:20])
-    assert [line.of.run for line in read_history(file, limit=50)] == [second._run.run, first._run.run]
+    assert [line.of.run for line in lines_of(file)] == [second._run.run, first._run.run]
 
 
 def test_a_file_that_has_grown_becomes_the_one_before_and_no_line_is_lost_to_that(tmp_path: Path) -> None:
@@ -82,7 +113,7 @@ def test_a_file_that_has_grown_becomes_the_one_before_and_no_line_is_lost_to_tha
     new = ShutdownHistory(file)
     new.note_started()
     stop(new)
-    assert [line.of.run for line in read_history(file, limit=50)] == [new._run.run, old._run.run]
+    assert [line.of.run for line in lines_of(file)] == [new._run.run, old._run.run]
     assert file.stat().st_size < BYTES_MAX
     assert sorted(it.name for it in tmp_path.iterdir()) == ["shutdowns", "shutdowns.1"]
 
@@ -95,8 +126,9 @@ def test_only_one_of_several_processes_moves_a_file_away(tmp_path: Path) -> None
         history = ShutdownHistory(file)
         history.note_started()
         assert not file.with_name("shutdowns.1").exists()
+        assert history._run.run.encode() in file.read_bytes(), "the start is noted all the same"
     stop(history)
-    assert len(read_history(file, limit=50)) == 2
+    assert len(lines_of(file)) == 2
 
 
 def test_processes_that_write_at_once_lose_no_line(tmp_path: Path) -> None:
@@ -107,16 +139,34 @@ def test_processes_that_write_at_once_lose_no_line(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {line.of.run for line in read_history(file, limit=50)} == {history._run.run for history in histories}
+    assert {line.of.run for line in lines_of(file)} == {history._run.run for history in histories}
 
 
-def test_a_file_that_cannot_be_written_or_read_fails_nothing(tmp_path: Path) -> None:
+def test_a_stop_that_cannot_be_written_fails_nothing_and_a_start_says_so(tmp_path: Path) -> None:
     history = ShutdownHistory(tmp_path / "missing" / "shutdowns")
-    history.note_started()
+    with pytest.raises(FileNotFoundError):
+        history.note_started()
     stop(history)
-    assert read_history(tmp_path / "missing" / "shutdowns", limit=50) == []
+    assert lines_of(tmp_path / "missing" / "shutdowns") == []
+
+
+def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
-    ShutdownHistory(tmp_path / "link").note_started()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # opening a pipe waits for its other end
+    for name in ("link", "folder", "pipe"):
+        history = ShutdownHistory(tmp_path / name)
+        with pytest.raises(OSError, match=r"symbolic links|directory|No such device"):
+            history.note_started()
+        stop(history)
+        with pytest.raises(OSError, match=r"symbolic links|regular file"):
+            lines_of(tmp_path / name)
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="regular file"):
+            ShutdownHistory(tmp_path / "pipe").note_started()
+    finally:
+        os.close(reader)
     assert not (tmp_path / "target").exists(), "a link is not followed"
 
 
@@ -137,7 +187,7 @@ def test_a_disk_that_hangs_holds_no_stop(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_long_faults_are_shortened(tmp_path: Path) -> None:
     stop(ShutdownHistory(tmp_path / "shutdowns"), faults=("x" * 10_000,) * 1000)
-    (line,) = read_history(tmp_path / "shutdowns", limit=50)
+    (line,) = lines_of(tmp_path / "shutdowns")
     assert line.report is not None
     assert len(line.report["faults"]) == shutdown_history.FAULTS_MAX
     assert (tmp_path / "shutdowns").stat().st_size < 10_000

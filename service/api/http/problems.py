@@ -37,6 +37,7 @@ from service.errors import (
     OwnerHangsError,
     PreconditionFailedError,
     QueueFullError,
+    ReportsUnavailableError,
     ResourcesExhaustedError,
     ResumeConflictError,
     SessionExistsError,
@@ -100,6 +101,7 @@ STATUS_BY_ERROR: Mapping[type[LastcallError], int] = {
     StreamLimitError: 503,
     SessionLimitError: 503,
     HeldBytesLimitError: 503,
+    ReportsUnavailableError: 503,
     ShuttingDownError: 503,
     NotReadyError: 503,
     OwnedElsewhereError: 503,
@@ -152,6 +154,8 @@ ADVICE: Mapping[str, str] = {
     "internal_error": "an error in Lastcall; its log has the cause: report it",
     "not_ready": "the server is starting or stopping: try again; another process may answer",
     "owned_elsewhere": "another process runs this session's turns and cannot be reached: try again after `Retry-After`",
+    "reports_unavailable": "the disk with the reports of past shutdowns refuses or hangs, `detail` says how: the "
+    "server's operator looks at `shutdowns_file`, or at the file beside the database",
     "resources_exhausted": "the server may open no more files or connections: try again after `Retry-After`; "
     "its operator may raise `ulimit -n`",
     "session_limit": "`memory_sessions_max` sessions are kept: try again after `Retry-After`",
@@ -180,6 +184,7 @@ REASONS_TO_RETRY: Mapping[str, str] = {
     "held_bytes_limit": "always: other requests end within moments",
     "not_ready": "always: a start takes moments, and in a stop another process may answer",
     "owned_elsewhere": "always: the process that runs the turns is found again, or its turns are ended",
+    "reports_unavailable": "always, 10 seconds: a disk that hangs may answer again",
     "resources_exhausted": "always: connections close within moments",
     "session_limit": "always, 10 seconds: sessions expire, or are deleted, less often than turns end",
     "shutting_down": "always: another process may answer, or this one starts again",

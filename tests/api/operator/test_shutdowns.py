@@ -2,8 +2,10 @@
 
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
 from trio.testing import MockClock
 
 from service.shutdown import Shutdown
@@ -45,3 +47,67 @@ async def test_a_line_of_another_version_is_shown_as_far_as_it_is_known(tmp_path
         (stop,) = (await api.call("GET", "/admin/shutdowns")).json["data"]
         assert stop["reason"] == "x"
         assert "news" not in stop
+
+
+RUN = {"run": "a", "pid": 1, "started_at": "2026-01-31T09:00:00Z", "version": "9", "boot": "b", "ticks": "1"}
+STOP: dict[str, Any] = {"of": RUN, "at": "2026-01-31T09:05:00Z", "report": {"reason": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "left_out"),
+    [
+        ({"report": {"reason": "x", "phases_ms": None}}, "phases_ms"),
+        ({"report": {"reason": "x", "phases_ms": {"total": 1e300}}}, "began_at"),
+        ({"report": {"reason": "x", "faults": [{"what": "y"}]}}, "faults"),
+        ({"report": {"reason": "x", "turns_finished": 1.5}}, "turns_finished"),
+        ({"report": {"reason": "x", "turns_finished": 2**70}}, "turns_finished"),
+        ({"report": [1]}, "reason"),
+        ({"exit_code": None}, "exit_code"),
+        ({"bounds_ms": ["x"]}, "bounds_ms"),
+    ],
+)
+async def test_a_stop_that_another_version_tells_otherwise_is_shown_without_that_part(
+    other: dict[str, Any], left_out: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "shutdowns"
+    file.write_bytes(b"\n".join(msgspec.json.encode(line) for line in ({"of": RUN}, STOP | other)))
+    ShutdownHistory(file).note_stopped({"reason": "y"}, exit_code=0, bounds_ms={})
+    async with open_api(shutdowns_file=str(file)) as api:
+        reply = await api.call("GET", "/admin/shutdowns")
+    assert reply.status == 200
+    whole, part = reply.json["data"]
+    assert whole["reason"] == "y"
+    assert (part["kind"], part["at"]) == ("stop", STOP["at"])
+    assert left_out not in part
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        msgspec.json.encode({"of": RUN | {"started_at": "2026-01-31T09:00:00"}}),
+        msgspec.json.encode(STOP | {"at": "2026-01-31T09:05:00"}),
+        msgspec.json.encode(STOP).replace(b'"pid":1', b'"pid":1' + b"0" * 30),
+        b'{"report":' + b"[" * 50_000,
+    ],
+)
+async def test_a_line_that_cannot_be_shown_is_passed_over(line: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "shutdowns"
+    file.write_bytes(line)
+    ShutdownHistory(file).note_stopped({"reason": "y"}, exit_code=0, bounds_ms={})
+    async with open_api(shutdowns_file=str(file)) as api:
+        (shown,) = (await api.call("GET", "/admin/shutdowns")).json["data"]
+    assert shown["reason"] == "y"
+
+
+async def test_a_process_of_another_machine_is_unknown(tmp_path: Path) -> None:
+    file = tmp_path / "shutdowns"
+    file.write_bytes(msgspec.json.encode({"of": RUN}))
+    async with open_api(shutdowns_file=str(file)) as api:
+        (shown,) = (await api.call("GET", "/admin/shutdowns")).json["data"]
+    assert shown == {
+        "kind": "unknown",
+        "at": None,
+        "started_at": RUN["started_at"],
+        "pid": 1,
+        "version": "9",
+    }
