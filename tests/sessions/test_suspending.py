@@ -1105,6 +1105,83 @@ async def test_sessions_that_a_store_has_refused_together_are_asked_for_alone(au
         assert sorted(map(sorted, store.asked)) == [["a"], ["a", "b"], ["b"]]
 
 
+class Locked(Noting):
+    """As PostgreSQL: a step with several sessions passes over a locked one, and a step for one waits for its lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unlocked = trio.Event()
+
+    async def adopt_turns(self, session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
+        if self.leaves_out.issuperset(session_ids) and len(session_ids) == 1:
+            await self.unlocked.wait()
+        return await super().adopt_turns(session_ids, **rest)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("locked", [1, 3, 12])
+async def test_locked_sessions_hold_up_the_adoption_of_no_other(
+    locked: int, at_once: bool, autojump_clock: MockClock
+) -> None:
+    store = Locked()
+    locked_ids = [f"locked{number}" for number in range(locked)]
+    free_ids = [f"s{number}" for number in range(6)]
+    await suspended_sessions(store, *locked_ids, *free_ids)
+    store.leaves_out = {*locked_ids}
+    waited: dict[str, float] = {}
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        turns = {
+            it: (await store.list_turns(it, limit=1, after=None, now=other.clock())).data[0].id
+            for it in [*locked_ids, *free_ids]
+        }
+
+        async def come(session_id: str, after_s: float) -> None:
+            await trio.sleep(after_s)
+            at = trio.current_time()
+            while session_id not in waited:
+                try:
+                    await other.sessions.open_events(session_id, turns[session_id])
+                except StoreError:
+                    await trio.sleep(1)  # as the streams tell their clients to
+                else:
+                    waited[session_id] = trio.current_time() - at
+
+        for number, session_id in enumerate(locked_ids):
+            nursery.start_soon(come, session_id, 0 if at_once else number * 1.7)
+        for number, session_id in enumerate(free_ids):
+            nursery.start_soon(come, session_id, 25 if at_once else number * 4)
+        await trio.sleep(60)
+        assert sorted(waited) == free_ids
+        assert max(waited.values()) < 0.5
+        store.unlocked.set()
+        await trio.sleep(12)
+        assert sorted(waited) == sorted(turns)
+        assert other.sessions.pending_writes.refusal is None
+        assert not other.sessions._acceptance.adoptions._asked_alone
+
+
+async def test_callers_that_come_one_by_one_while_a_step_is_under_way_go_together(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    store = MemoryStore()
+    ids = [f"s{number}" for number in range(6)]
+    await suspended_sessions(store, *ids)
+    asked: list[int] = []
+    adopt_turns = store.adopt_turns
+
+    async def adopt_slowly(session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
+        asked.append(len(session_ids))
+        await trio.sleep(0.1)
+        return await adopt_turns(session_ids, **rest)
+
+    monkeypatch.setattr(store, "adopt_turns", adopt_slowly)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        for session_id in ids:
+            nursery.start_soon(other.sessions._acceptance.adopt, session_id)
+            await trio.sleep(0.01)
+    assert asked == [1, 5]
+
+
 async def test_a_caller_that_waits_no_longer_leaves_its_turn_to_the_next_one(autojump_clock: MockClock) -> None:
     """The store answers late: by then the session's turns may be known to this process as another object."""
     store = Trouble()
@@ -1229,32 +1306,31 @@ async def test_an_adopted_turn_whose_span_fails_ends_no_other_turn_and_its_calle
 async def test_an_adoption_that_fails_after_its_caller_has_left_is_told_in_the_log(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
 ) -> None:
+    """The step of the store goes on for another caller."""
     store = Trouble()
-    turn_id = await suspended(store)
-    async with open_next(store, store_timeout_s=5) as other:
+    await suspended_sessions(store, "a", "b")
+    async with open_next(store) as other:
         adoptions = other.sessions._acceptance.adoptions
         restored = adoptions._restored
 
-        def fail(*_: object) -> Any:
-            raise RuntimeError("no idea")
+        def fail(record: TurnRecord, *rest: Any) -> Any:
+            if record.session_id == "a":
+                raise RuntimeError("no idea")
+            return restored(record, *rest)
 
         monkeypatch.setattr(adoptions, "_restored", fail)
         store.at, store.is_done_first = "adopt_turns", True
-
-        async def answer() -> None:
-            await trio.sleep(4)
-            store.goes_on.set()
-
         with capture_logs() as lines:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(answer)
-                with other.sessions._active.holding("s") as session, pytest.raises(StoreError):
+                nursery.start_soon(other.sessions._acceptance.adopt, "b")
+                with other.sessions._active.holding("a") as session, pytest.raises(StoreError):
                     await adoptions.adopt(session, within_s=1)
-            await wait_all_tasks_blocked()
-        assert [line["event"] for line in lines][-1] == "adopted turns do not run yet: giving them failed"
+                store.goes_on.set()
+        assert "adopted turns do not run yet: giving them failed" in [line["event"] for line in lines]
+        assert [turn.session_id for turn in other.sessions.open_turns()] == ["b"]
         monkeypatch.setattr(adoptions, "_restored", restored)
         await sweep(other)
-        assert [turn.id for turn in other.sessions.open_turns()] == [turn_id]
+        assert sorted(turn.session_id for turn in other.sessions.open_turns()) == ["a", "b"]
 
 
 async def test_a_deleted_session_is_not_adopted_for_ever(autojump_clock: MockClock) -> None:

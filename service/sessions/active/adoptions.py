@@ -2,6 +2,8 @@
 
 After a stop the clients of hundreds of turns come at once, each for its own session. Their sessions go to the store
 together: a step of the store takes all that wait when it begins, and those that come meanwhile are in the next one.
+A session that such a step does not take, because another transaction has it locked, say, has a step of its own, beside
+the others: it may take as long as its caller waits, and holds up no other session.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +36,10 @@ logger = structlog.get_logger("lastcall.adoption")
 
 _AT_ONCE = 64
 """The most sessions in one step of the store; other writes wait for it."""
+_ALONE_STEPS_MAX = 8
+"""The most steps at the same time for sessions that a step did not take: each may hold up other writes a little."""
+_HELD_UP_MAX_S = 0.25
+"""How long others wait for a step that has one session only, because no other was there: they would go together."""
 
 
 class Adoptions:
@@ -74,13 +80,13 @@ class Adoptions:
         self._clock = clock
         self._settings = settings
         self._metrics = metrics
-        self._waiting: dict[str, _Asked] = {}
-        self._alone: dict[str, None] = {}
+        self._together = _Line(at_once=_AT_ONCE, tasks_max=1)
+        self._alone = _Line(at_once=1, tasks_max=_ALONE_STEPS_MAX)
+        self._asked_alone: set[str] = set()
         """The sessions that are asked for alone, because a step with several of them did not take them."""
-        self._is_running = False
 
     def __repr__(self) -> str:
-        return f"<Adoptions: {len(self._waiting)} sessions wait>"
+        return f"<Adoptions: {len(self._together.waiting) + len(self._alone.waiting)} sessions wait>"
 
     async def adopt(self, session: ActiveSession, *, within_s: float, has_no_client: bool = False) -> None:
         """Adopt the turns of a session whose acceptance the caller holds, and run them.
@@ -97,39 +103,45 @@ class Adoptions:
             ShuttingDownError
             StoreError
         """
-        asked = self._waiting[session.id] = _Asked(session, has_no_client=has_no_client)
-        if not self._is_running:
-            self._is_running = True
-            self._nursery.start_soon(self._run, name="adoptions")
+        asked = _Asked(session, until=trio.current_time() + within_s, has_no_client=has_no_client)
+        self._ask(asked)
         try:
             with self._stop.until(Phase.RELEASING, shield=True), answered_within(within_s):
                 await asked.answered.wait()
         finally:
             asked.is_left = True
-            if self._waiting.get(session.id) is asked:
-                del self._waiting[session.id]
+            self._together.leave(asked)
+            self._alone.leave(asked)
         if not asked.answered.is_set():
             raise ShuttingDownError
         if asked.error is not None:
             raise asked.error
 
-    async def _run(self) -> None:
-        """Ask the store as long as sessions wait."""
+    def _ask(self, asked: "_Asked") -> None:
+        """Let a caller wait for a step of the store, after those that wait already."""
+        line = self._alone if asked.session.id in self._asked_alone else self._together
+        line.waiting[asked.session.id] = asked
+        if line.tasks < line.tasks_max:
+            line.tasks += 1
+            self._nursery.start_soon(self._run, line, name="adoptions")
+
+    async def _run(self, line: "_Line") -> None:
+        """Ask the store as long as sessions wait in a line."""
         try:
             with log_context():  # and not that of the request that had the task started
-                while self._waiting:
+                while line.waiting:
                     await trio.lowlevel.checkpoint()  # the sessions whose callers come in this round
-                    await self._adopt_some(self._take_some())
+                    some = line.take()
+                    if line is self._together and len(some) == 1:
+                        self._nursery.start_soon(self._adopt_some, some, name="adoption")
+                        with trio.move_on_after(_HELD_UP_MAX_S):
+                            await some[0].answered.wait()
+                    else:
+                        await self._adopt_some(some)
         finally:
-            self._is_running = False
-            for asked in self._waiting.values():
+            line.tasks -= 1
+            for asked in line.waiting.values():
                 asked.answer(ShuttingDownError())
-
-    def _take_some(self) -> list["_Asked"]:
-        """The sessions of the next step: one that is asked for alone, or as many others as one step takes."""
-        first = next((it for it in self._waiting if it in self._alone), None)
-        ids = list(islice(self._waiting, _AT_ONCE)) if first is None else [first]
-        return [self._waiting.pop(it) for it in ids]
 
     async def _adopt_some(self, asked: Sequence["_Asked"]) -> None:
         """Adopt the turns of some sessions, and answer their callers; or let them wait for a step of their own."""
@@ -137,9 +149,16 @@ class Adoptions:
         if not sessions:
             return
         self.unresolved.update(dict.fromkeys(sessions))
+        is_alone = len(sessions) == 1
+        within_s = None
+        if is_alone:  # it may wait for a lock, for as long as its caller waits: its next caller has the next step
+            within_s = max(next(iter(sessions.values())).until - trio.current_time(), 0)
         adopted: Mapping[str, Adoption] | None = None
         try:
-            with self._stop.until(Phase.RELEASING, shield=True), self._pending_writes.writing():
+            with (
+                self._stop.until(Phase.RELEASING, shield=True),
+                self._pending_writes.writing(within_s=within_s, late_is_refused=not is_alone),
+            ):
                 adopted = await self._store.adopt_turns(
                     list(sessions),
                     now=self._clock(),
@@ -148,13 +167,14 @@ class Adoptions:
                     path_bytes_max=self._path_bytes_max,
                 )
         except StoreError as error:
-            self._alone.update(dict.fromkeys(sessions if len(sessions) > 1 else ()))
+            self._asked_alone.update(sessions)
             for it in asked:
                 it.answer(error)
         except Exception as error:  # noqa: BLE001  of one of them: its caller gets the error
-            if len(sessions) == 1:
-                self._alone.pop(asked[0].session.id, None)
-                asked[0].answer(error)
+            if is_alone:
+                self._asked_alone.difference_update(sessions)
+                for it in sessions.values():
+                    it.answer(error)
             else:
                 self._ask_alone(sessions.values())
         else:
@@ -172,7 +192,7 @@ class Adoptions:
     def _give_all(self, sessions: Mapping[str, "_Asked"], adopted: Mapping[str, Adoption]) -> Steps[None]:
         for session_id, asked in sessions.items():
             if session_id in adopted:
-                self._alone.pop(session_id, None)
+                self._asked_alone.discard(session_id)
                 try:
                     yield from self._give(asked, adopted[session_id])
                 except Exception as error:  # the next adoption of the session has the turns that do not run
@@ -186,8 +206,8 @@ class Adoptions:
     def _ask_alone(self, asked: Iterable["_Asked"]) -> None:
         for it in asked:
             if not it.is_left:
-                self._alone[it.session.id] = None
-                self._waiting.setdefault(it.session.id, it)
+                self._asked_alone.add(it.session.id)
+                self._ask(it)
 
     def _give(self, asked: "_Asked", adoption: Adoption) -> Steps[None]:
         """Run the adopted turns of a session, if its caller still holds it, and answer the caller."""
@@ -272,17 +292,43 @@ class Adoptions:
             return False
 
 
+class _Line:
+    """Callers that wait for steps of the store, in the order in which they have asked.
+
+    Attributes:
+        waiting: The callers, by the ids of their sessions. A session has one at a time.
+        tasks: How many tasks ask the store for them; ``tasks_max`` at the most.
+    """
+
+    def __init__(self, *, at_once: int, tasks_max: int) -> None:
+        self.waiting: dict[str, _Asked] = {}
+        self.tasks = 0
+        self.tasks_max = tasks_max
+        self._at_once = at_once
+
+    def take(self) -> list["_Asked"]:
+        """The callers of the next step."""
+        return [self.waiting.pop(it) for it in list(islice(self.waiting, self._at_once))]
+
+    def leave(self, asked: "_Asked") -> None:
+        """A caller waits no longer."""
+        if self.waiting.get(asked.session.id) is asked:
+            del self.waiting[asked.session.id]
+
+
 class _Asked:
     """A caller that waits for the adoption of a session's turns, and holds the session meanwhile.
 
     Attributes:
+        until: How long the caller waits, on Trio's clock.
         is_left: Whether the caller waits no longer: then the session may be another object by now.
         has_no_client: Whether the clients of the turns have had the time to come back, and have not.
         error: What the caller gets instead of the turns.
     """
 
-    def __init__(self, session: ActiveSession, *, has_no_client: bool) -> None:
+    def __init__(self, session: ActiveSession, *, until: float, has_no_client: bool) -> None:
         self.session = session
+        self.until = until
         self.has_no_client = has_no_client
         self.context = copy_context()
         self.answered = trio.Event()
