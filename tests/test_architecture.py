@@ -48,7 +48,7 @@ PLACES: dict[str, list[str]] = {
     "httpx": ["models.http", "models.openai_compatible", "cli.connection"],
     "lastcall_client": ["cli"],
     "hypercorn": ["hosting"],
-    "opentelemetry": ["telemetry.tracing"],
+    "opentelemetry": ["telemetry.trace_export", "telemetry.tracing"],
     "quart": ["api", "hosting"],
     "quart_trio": ["api", "hosting"],
     "asyncio": [],

@@ -1,4 +1,4 @@
-"""Traces by OpenTelemetry: this module alone knows its libraries, which the extra ``otel`` installs.
+"""Traces by OpenTelemetry. This module and ``trace_export`` alone know its libraries, which the extra ``otel`` has.
 
 Spans end on the event loop and wait in a bounded queue (``OTEL_BSP_MAX_QUEUE_SIZE``); beyond it they are dropped. A
 thread of the libraries sends them in batches to a collector, by OTLP over HTTP. :func:`open_tracing` owns this thread,
@@ -32,6 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from service import __version__
+from service.telemetry.trace_export import Losses, WatchedExporter, replacing_library_records
 
 logger = structlog.get_logger("lastcall.tracing")
 
@@ -52,14 +53,17 @@ async def open_tracing(
         flush_deadline: The moment, on Trio's clock, until which leaving may wait for the collector.
         exporter: Takes the spans; that of OTLP over HTTP unless given. It is closed.
     """
-    processor = BatchSpanProcessor(OTLPSpanExporter() if exporter is None else exporter)
-    provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
-    provider.add_span_processor(processor)
+    losses = Losses()
+    with replacing_library_records(losses):
+        provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+        watched = WatchedExporter(OTLPSpanExporter() if exporter is None else exporter, losses)
+        provider.add_span_processor(BatchSpanProcessor(watched))
     try:
         yield Tracing(provider)
     finally:
         with trio.CancelScope(shield=True, deadline=flush_deadline()) as bound:
             await trio.to_thread.run_sync(provider.shutdown, abandon_on_cancel=True)
+        losses.tell()
         if bound.cancelled_caught:
             logger.warning("traces were lost: the collector did not take them before the end of the stop")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -19,6 +21,7 @@ from service.sessions.commands import NewTurn
 from service.settings import Settings
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
+from service.telemetry.trace_export import Losses, WatchedExporter
 from service.telemetry.trace_variables import find_tracing
 from service.telemetry.tracing import open_tracing
 from tests.kept_log import kept_log, lines_of
@@ -361,3 +364,72 @@ def test_traces_that_are_asked_for_without_the_extra_are_a_warning_that_names_it
     open_it, told = find_tracing({"OTEL_TRACES_EXPORTER": "otlp"})
     assert open_it is None
     assert "pip install 'lastcall[otel]'" in (told or "")
+
+
+async def lose_spans(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    """Lose a span on the way to a collector that these variables name. Returns the log."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with kept_log("json") as read:
+        async with open_tracing(flush_deadline=lambda: inf) as tracing:
+            tracing.begin("a", "server", parent={"traceparent": CALLER, "tracestate": f"dear diary {MARK}"}).end()
+        return read()
+
+
+@pytest.mark.parametrize("headers", [f"Authorization: Bearer {MARK}", f'"Authorization=Bearer {MARK}"', f"a=é{MARK}"])
+async def test_what_is_wrong_with_the_collector_s_headers_is_said_without_the_key_in_them(
+    monkeypatch: pytest.MonkeyPatch, headers: str
+) -> None:
+    async with open_raw_server(refuse) as server:
+        log = await lose_spans(
+            monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT=f"{server.url}/ingest/{MARK}", OTEL_EXPORTER_OTLP_HEADERS=headers
+        )
+    [told] = lines_of(log, "OpenTelemetry does not understand its variables")
+    assert (told["level"], told["variables"]) == ("warning", ["OTEL_EXPORTER_OTLP_HEADERS"])
+    [lost] = lines_of(log, "spans are lost")
+    assert (lost["level"], lost["reason"], lost["spans"]) == ("warning", "the collector answered 401", 1)
+    assert len(log.splitlines()) == 2
+    assert MARK not in log
+
+
+async def refuse(connection: Connection) -> None:
+    await connection.receive_request()
+    await connection.send_response(401, {"error": MARK})
+
+
+def test_lost_spans_are_one_line_a_minute_with_their_number_and_the_rest_at_the_end() -> None:
+    class Broken(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            raise ConnectionRefusedError(f"http://collector/{MARK}")
+
+    losses = Losses()
+    exporter = WatchedExporter(Broken(), losses)
+    with kept_log("json") as read:
+        for _ in range(3):
+            exporter.export([ReadableSpan("a")])
+        assert [it["spans"] for it in lines_of(read(), "spans are lost")] == [1]
+        losses.tell()
+        losses.tell()
+        log = read()
+    first, rest = lines_of(log, "spans are lost")
+    assert (first["reason"], rest["spans"]) == ("the collector could not be asked (ConnectionRefusedError)", 2)
+    assert MARK not in log
+
+
+async def test_a_full_queue_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
+    goes_on = threading.Event()
+
+    class Slow(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            goes_on.wait(CAP_S)
+            return super().export(spans)
+
+    with kept_log("json") as read:
+        async with open_tracing(flush_deadline=lambda: inf, exporter=Slow()) as tracing:
+            for _ in range(9):
+                tracing.begin("a", "server").end()
+            goes_on.set()
+        [lost] = lines_of(read(), "spans are lost")
+    assert lost["reason"] == "the queue is full (OTEL_BSP_MAX_QUEUE_SIZE)"
