@@ -166,9 +166,8 @@ class LiveTree:
                 step_s = time.thread_time() - ran_s  # without the time that other processes took meanwhile
                 cpu_s += step_s
                 longest_s = max(longest_s, step_s)
-                if not is_over_now:
-                    await trio.lowlevel.checkpoint()
-                    begun_step, ran_s = time.perf_counter(), time.thread_time()
+                await trio.lowlevel.checkpoint()  # at the end, too: the caller goes on with steps of its own
+                begun_step, ran_s = time.perf_counter(), time.thread_time()
         snapshot.took_ms = round((time.perf_counter() - began) * 1000, 2)
         snapshot.cpu_ms, snapshot.longest_step_ms = round(cpu_s * 1000, 2), round(longest_s * 1000, 2)
         return snapshot

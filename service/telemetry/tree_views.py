@@ -44,6 +44,14 @@ class View:
         self._nodes_max = nodes_max
         self._seen: dict[str, Node] = {}
 
+    def look(self, nodes: Sequence[Node]) -> Steps[tuple[Sequence[Node], Difference] | None]:
+        """:meth:`of`, and what has changed since the last look, as one work in steps."""
+        shown = yield from self.of(nodes)
+        if shown is None:
+            return None
+        yield
+        return shown, (yield from self.changes(shown))
+
     def of(self, nodes: Sequence[Node]) -> Steps[Sequence[Node] | None]:
         """The nodes of a snapshot that this view has; None if there is no node with the id ``under``."""
         if self._under is not None:
@@ -68,7 +76,12 @@ class View:
                 changed.append(_changed_fields(old, node))
             if not count % _A_STEP:
                 yield
-        removed = [it for it in before if it not in now]
+        removed: list[str] = []
+        for count, node_id in enumerate(before, 1):
+            if node_id not in now:
+                removed.append(node_id)
+            if not count % _A_STEP:
+                yield
         self._seen = now
         return Difference(added=added, changed=changed, removed=removed)
 

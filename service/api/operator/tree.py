@@ -90,6 +90,7 @@ async def get_live_tree() -> TrioResponse:
     nodes = await in_steps(view.of(snapshot.nodes))
     if nodes is None:
         raise NodeNotFoundError
+    await trio.lowlevel.checkpoint()  # the answer is a step of its own
     head = _head(service, current_workers(), snapshot, shown=len(nodes), interval_s=SHARED_S)
     pieces = []
     for piece in _with_lists(head, {"nodes": nodes}):
@@ -203,10 +204,11 @@ class TreeStream(ResponseBody):
             return self._end("replaced" if self._stop.is_replaced else "shutdown")
         with self._stop.until(Phase.RELEASING):
             snapshot = await self._tree.look(max_age_s=self._interval_s / 2)
-            nodes = await in_steps(self._view.of(snapshot.nodes))
-            if nodes is None:
+            seen = await in_steps(self._view.look(snapshot.nodes))
+            if seen is None:
                 return self._end("gone")
-            difference = await in_steps(self._view.changes(nodes))
+            nodes, difference = seen
+            await trio.lowlevel.checkpoint()  # what is told of it is a step of its own
             is_first, self._last = self._last is None, snapshot
             if is_first:
                 return self._tell_all(snapshot, nodes)

@@ -1,7 +1,7 @@
 """The live tree over HTTP: a snapshot, the stream of changes, what a viewer sees of a cancelled turn and of a stop."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,7 +9,12 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from service import steps
 from service.api.operator import tree
+from service.steps import Steps, at_once
+from service.telemetry import live_tree
+from service.telemetry.live_tree import LiveTree
+from service.telemetry.tree_views import View
 from tests.api.inprocess import Api, leave, open_api
 
 SLOW = "scripted:?tokens=1000&rate=10&first_token_s=0"
@@ -244,3 +249,64 @@ async def test_the_viewers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             await viewer.until("snapshot")
         assert (await api.call("HEAD", "/admin/tree/events")).headers["content-type"] == "text/event-stream"
         assert not api.service.tree.viewers
+
+
+class CountedTime(trio.abc.Instrument):
+    """A clock of the work in steps, in tenths of a millisecond that the test counts; and the longest step by it."""
+
+    def __init__(self) -> None:
+        self.tenths = self.longest = 0
+        self._began_at = 0
+
+    def perf_counter(self) -> float:
+        return self.tenths / 10_000
+
+    thread_time = perf_counter
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began_at = self.tenths
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.longest = max(self.longest, self.tenths - self._began_at)
+
+    def after(self, work: Callable[..., Steps[Any]], tenths: int) -> Callable[..., Steps[Any]]:
+        """The work, which takes this time, in steps of a tenth of a millisecond each."""
+
+        def steps(*args: Any) -> Steps[Any]:
+            result = at_once(work(*args))
+            for _ in range(tenths):
+                yield
+                self.tenths += 1
+            return result
+
+        return steps
+
+
+@pytest.mark.parametrize("call", ["/admin/tree", "/admin/tree/events"])
+async def test_a_look_hands_over_between_its_phases(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase ends just before it would let other tasks run, so two of them in one step are too long."""
+    time = CountedTime()
+    in_a_step, in_a_walk = round(steps.STEP_S * 10_000), round(live_tree.STEP_S * 10_000)
+    monkeypatch.setattr(steps, "time", time)
+    monkeypatch.setattr(live_tree, "time", time)
+    monkeypatch.setattr(LiveTree, "_walk", time.after(LiveTree._walk, in_a_walk - 1))
+    monkeypatch.setattr(View, "of", time.after(View.of, in_a_step - 1))
+    monkeypatch.setattr(View, "changes", time.after(View.changes, in_a_step - 1))
+    head = tree._head
+
+    def head_in_a_millisecond(*args: Any, **rest: Any) -> Any:
+        time.tenths += 10
+        return head(*args, **rest)
+
+    monkeypatch.setattr(tree, "_head", head_in_a_millisecond)
+    async with open_api() as api:
+        trio.lowlevel.add_instrument(time)
+        try:
+            if call == "/admin/tree":
+                assert (await api.call("GET", call)).status == 200
+            else:
+                async with viewing(api) as viewer:
+                    await viewer.until("snapshot")
+        finally:
+            trio.lowlevel.remove_instrument(time)
+    assert in_a_walk < time.longest <= in_a_step
