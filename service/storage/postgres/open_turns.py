@@ -18,9 +18,13 @@ _FIND = (
 )
 
 
-class _Asked(msgspec.Struct, frozen=True, eq=False):
+class _Asked(msgspec.Struct, eq=False):
+    """A caller's turn. The answer is kept here, so that it goes with its caller, who may leave before it comes."""
+
     session_id: str
     turn_id: str
+    is_answered: bool = False
+    answer: OpenTurn | None = None
 
 
 class OpenTurns:
@@ -28,7 +32,6 @@ class OpenTurns:
 
     def __init__(self) -> None:
         self._asked: dict[_Asked, None] = {}
-        self._found: dict[_Asked, OpenTurn | None] = {}
 
     @contextmanager
     def asking(self, session_id: str, turn_id: str, *, me: int) -> Iterator[Callable[[Db], OpenTurn | None]]:
@@ -39,10 +42,9 @@ class OpenTurns:
             yield lambda db: self._find(db, asked, me)
         finally:
             self._asked.pop(asked, None)
-            self._found.pop(asked, None)
 
     def _find(self, db: Db, asked: _Asked, me: int) -> OpenTurn | None:
-        if asked not in self._found:
+        if not asked.is_answered:
             # The event loop adds and removes meanwhile. An earlier step may have failed with what it took from here.
             some = {asked: None}
             with suppress(KeyError):
@@ -50,8 +52,10 @@ class OpenTurns:
                     some[self._asked.popitem()[0]] = None
             rows = db.execute(_FIND, (list({it.turn_id for it in some}),)).fetchall()
             open_turns = {(row[0], row[1]): _open_turn(*row[2:], me=me) for row in rows}
-            self._found.update({it: open_turns.get((it.session_id, it.turn_id)) for it in some})
-        return self._found.pop(asked)
+            for it in some:
+                it.answer = open_turns.get((it.session_id, it.turn_id))
+                it.is_answered = True
+        return asked.answer
 
 
 def _open_turn(owner: int, owner_of_session: int, fence: int | None, address: str | None, *, me: int) -> OpenTurn:

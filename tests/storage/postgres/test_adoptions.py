@@ -1,7 +1,7 @@
 """The adoption of suspended turns in PostgreSQL: after a stop many sessions come at once."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import msgspec
@@ -13,7 +13,8 @@ from service.errors import StoreError
 from service.storage.postgres import PostgresStore, reader, segments
 from service.storage.postgres.connections import Db, Opening
 from service.storage.postgres.open_turns import OpenTurns
-from service.storage.records import AdoptedTurn
+from service.storage.records import AdoptedTurn, OpenTurn
+from service.storage.rules import NOBODY
 from tests.postgres_server import PostgresServer
 from tests.storage.postgres.locks import until_something_waits
 from tests.storage.postgres.test_locked_sessions import locked
@@ -124,6 +125,26 @@ async def test_a_look_for_a_turn_is_answered_after_another_one_has_failed_that_h
         with pytest.raises(psycopg.OperationalError):
             first(lost)
         assert await store._look(second) is None
+
+
+def test_a_look_whose_caller_leaves_while_another_statement_looks_for_its_turn_leaves_nothing_behind() -> None:
+    looks = OpenTurns()
+    with looks.asking("s", "t", me=1) as look, ExitStack() as others:
+        for number in range(10):
+            others.enter_context(looks.asking("s", f"t{number}", me=1))
+
+        class Slow:
+            def execute(self, *_: object) -> "Slow":
+                others.close()
+                return self
+
+            def fetchall(self) -> list[tuple[Any, ...]]:
+                return [("s", "t", NOBODY, NOBODY, None, None)]
+
+        slow: Any = Slow()
+        found = look(slow)
+    assert found == OpenTurn(is_suspended=True)
+    assert not any(vars(looks).values())
 
 
 async def test_an_adoption_waits_for_another_step_on_its_session(
