@@ -89,6 +89,15 @@ async def test_each_answer_is_a_line_with_its_route_and_what_was_sent(way: str) 
     assert all(0 <= it["duration_s"] < 60 for it in told)
 
 
+async def test_a_method_that_is_none_of_http_is_not_written(way: str) -> None:
+    with kept_log("json") as read:
+        async with serving(settings()) as server:
+            await answer(server, "MY-WORDS-ARE-IN-YOUR-LOG", "/sessions")
+            [told] = await wait_lines(read, 1)
+        assert "WORDS" not in read()
+    assert told["method"] == "_OTHER"
+
+
 async def test_a_stream_whose_client_leaves_is_a_line_that_says_so(way: str) -> None:
     with kept_log("json") as read:
         async with serving(settings(model_url=ENDLESS)) as server:

@@ -122,7 +122,7 @@ def _begin_span(tracing: "Tracing", scope: dict[str, Any]) -> "TraceSpan":
         field = name.decode("latin-1").lower()
         if field in TRACE_FIELDS:
             parent[field] = f"{parent[field]},{value.decode('latin-1')}" if field in parent else value.decode("latin-1")
-    method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+    method = _method_of(scope)
     server = scope.get("server")
     attributes: dict[str, str | int] = {
         "http.request.method": method,
@@ -136,7 +136,7 @@ def _begin_span(tracing: "Tracing", scope: dict[str, Any]) -> "TraceSpan":
 
 
 def _end_span(span: "TraceSpan", record: RequestRecord, scope: dict[str, Any]) -> None:
-    method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+    method = _method_of(scope)
     client = scope.get("client")
     span.rename(_span_name(method, record.route))
     span.note(
@@ -158,6 +158,12 @@ def _end_span(span: "TraceSpan", record: RequestRecord, scope: dict[str, Any]) -
     span.end()
 
 
+def _method_of(scope: dict[str, Any]) -> str:
+    """The request's method; one that is not of HTTP is whatever a caller has written."""
+    method: str = scope["method"]
+    return method if method in _METHODS else "_OTHER"
+
+
 def _span_name(method: str, route: str | None) -> str:
     method = "HTTP" if method == "_OTHER" else method
     return method if route is None else f"{method} {route}"
@@ -168,7 +174,7 @@ def _log(record: RequestRecord, scope: dict[str, Any]) -> None:
     client = scope.get("client")
     logger.info(
         "request",
-        method=scope["method"],
+        method=_method_of(scope),
         route=record.route,
         status=record.status,
         duration_s=round(trio.current_time() - record.began_at, 4),
