@@ -124,9 +124,6 @@ EACH: dict[Exception, tuple[int, str]] = {
     LoopbackOnlyError(): (403, "loopback_only"),
     ProxiedRequestError("via"): (403, "proxied_without_keys"),
     NotPermittedError("may"): (403, "not_permitted"),
-    CrossSiteError(): (403, "cross_site"),
-    NodeNotFoundError(): (404, "node_not_found"),
-    WorkerNotFoundError(): (404, "worker_not_found"),
     SessionNotFoundError(SESSION): (404, "conversation_not_found"),
     ConversationNotFoundError("conv_x", param="conversation"): (404, "conversation_not_found"),
     TurnNotFoundError(TURN): (404, "response_not_found"),
@@ -156,7 +153,6 @@ EACH: dict[Exception, tuple[int, str]] = {
     StreamLimitError("full"): (503, "stream_limit"),
     SessionLimitError("full"): (503, "session_limit"),
     HeldBytesLimitError(): (503, "held_bytes_limit"),
-    ReportsUnavailableError("no"): (503, "reports_unavailable"),
     ShuttingDownError(): (503, "shutting_down"),
     NotReadyError(): (503, "not_ready"),
     OwnedElsewhereError(SESSION, fence=1, address=None): (503, "owned_elsewhere"),
@@ -172,7 +168,7 @@ EACH: dict[Exception, tuple[int, str]] = {
 UNTRANSLATED = (HeadMovedError, ResumeConflictError, PreconditionFailedError, OwnedElsewhereError, MalformedHeaderError)
 """Errors of calls that this API does not have, or whose words name a setting."""
 
-FOR_OPERATORS = {CrossSiteError, NodeNotFoundError, WorkerNotFoundError}
+FOR_OPERATORS = {CrossSiteError, NodeNotFoundError, ReportsUnavailableError, WorkerNotFoundError}
 """Errors of the calls under ``/admin`` alone."""
 
 

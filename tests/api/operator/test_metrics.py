@@ -1,5 +1,6 @@
 """The call for metrics: what a known number of events adds up to, and who may read it."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -279,13 +280,16 @@ async def test_a_stream_whose_client_leaves_in_the_drain_was_not_aborted_by_the_
     metrics, stop = Metrics(), StopState()
     streams = Streams(streams_max=9, heartbeat_interval_s=15, stop=stop, metrics=metrics)
     aborted = []
+
+    def told() -> Mapping[tuple[str, str], float]:
+        return samples_of(at_once(exposed(metrics.memory)).decode())
+
     for phase in (Phase.SERVING, Phase.DRAINING, Phase.INTERRUPTING):
         stop.enter(phase)
         streams.open_stream().close()
-        told = samples_of(at_once(exposed(metrics.memory)).decode())
-        aborted.append(told["lastcall_shutdown_streams_aborted_total", ""])
+        aborted.append(told()["lastcall_shutdown_streams_aborted_total", ""])
     assert aborted == [0, 0, 1]
-    assert told["lastcall_streams_total", "end=aborted,face=native"] == 3
+    assert told()["lastcall_streams_total", "end=aborted,face=native"] == 3
 
 
 async def test_attempts_at_an_upstream_and_their_repetitions_are_counted(autojump_clock: object) -> None:
