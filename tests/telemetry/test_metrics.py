@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 
@@ -150,6 +151,26 @@ def test_threads_lose_no_count() -> None:
         thread.join()
     assert value(metrics, families.EXPIRED) == [20_000]
     assert sum(value(metrics, families.STORE_COMMIT)[:-1]) == 20_000
+
+
+def test_a_thread_that_makes_a_series_during_a_scrape_doubles_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Metrics()
+    worker.memory.read(FAMILIES)
+    worker.add(families.TURNS, "completed", "stop")
+    decode = memory.msgspec.json.decode
+    store = threading.Thread(target=lambda: worker.set(families.WAL_BYTES, to=7))
+
+    def decode_and_let_others_run(*arguments: Any, **rest: Any) -> Any:
+        monkeypatch.setattr(memory.msgspec.json, "decode", decode)
+        store.start()
+        store.join(0.2)  # it waits for the scrape
+        return decode(*arguments, **rest)
+
+    monkeypatch.setattr(memory.msgspec.json, "decode", decode_and_let_others_run)
+    worker.memory.read(FAMILIES)
+    store.join()
+    assert value(worker, families.TURNS, "completed", "stop") == [1]
+    assert value(worker, families.WAL_BYTES) == [7]
 
 
 def test_a_value_is_in_the_bucket_whose_bound_it_does_not_pass() -> None:

@@ -158,8 +158,10 @@ class Memory:
         """The numbers of all processes, for each series of these metrics."""
         known = {(family.name, family.bounds): family for family in families}
         found: dict[Family, dict[tuple[str, ...], list[float]]] = {family: {} for family in families}
+        with self._writing:  # a thread that makes a series reads the slot, too
+            self._own.read()
         for slot, is_own, lives in self._all_slots():
-            for entry in slot.read():
+            for entry in slot.entries if is_own else slot.read():
                 family = known.get((entry.name, entry.bounds))
                 if family is None or (family.kind == "gauge" and not lives) or (family.across == "own" and not is_own):
                     continue
