@@ -84,6 +84,22 @@ def test_a_worker_goes_on_with_the_counts_of_the_one_before_it_and_not_with_its_
     assert queue == dict.fromkeys(queue, 0) | {0.5: 3}
 
 
+def test_a_gauge_that_only_the_worker_before_had_is_not_told(workers: Workers) -> None:
+    stays, old = workers.start(), workers.start()
+    old.set(families.BUILD, "0.1.0", "3.11.7", to=1)
+    old.add(families.STREAMS_OPEN, "responses", by=4)
+    old.memory.close()
+    new = workers.start()
+    new.set(families.BUILD, "0.2.0", "3.11.7", to=1)
+    new.add(families.STREAMS_OPEN, "responses")
+    for worker in (stays, new):
+        read = worker.memory.read(FAMILIES)
+        assert read[families.BUILD] == {("0.2.0", "3.11.7"): [1]}
+        assert read[families.STREAMS_OPEN]["responses",] == [1]
+        assert read[families.STREAMS_OPEN]["native",] == [0]
+        assert b"NaN" not in at_once(exposed(worker.memory))
+
+
 def test_slots_are_used_again(workers: Workers) -> None:
     stays = workers.start()
     for _ in range(20):

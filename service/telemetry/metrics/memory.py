@@ -20,6 +20,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from math import isnan, nan
 
 import msgspec
 import structlog
@@ -83,12 +84,15 @@ class Memory:
         return None
 
     def _begin(self) -> None:
-        """Begin a new slot, or go on with that of a process that has ended: with its counts, and not its gauges."""
+        """Begin a new slot, or go on with that of a process that has ended: with its counts, and not its gauges.
+
+        A gauge is no number until this process sets it, and is not told meanwhile: it may be of a version before.
+        """
         if self._own.form != _FORMAT:
             self._own.begin()
         for entry in self._own.read():
             if entry.is_gauge:
-                self._numbers[entry.at : entry.at + entry.length] = memoryview(bytes(_WORD * entry.length)).cast("d")
+                self._numbers[entry.at] = nan
 
     def close(self) -> None:
         """Give the slot to the next process. Nothing may be written afterwards."""
@@ -144,6 +148,8 @@ class Memory:
                     self._is_full = True
                     logger.warning("there are more series of metrics than fit: further ones are left out")
                 return self._own.nowhere
+            if isnan(self._numbers[found]):  # a gauge of the process before
+                self._numbers[found] = 0
             at = self._at[family, labels] = found
         return at
 
@@ -166,6 +172,8 @@ class Memory:
                 if family is None or (family.kind == "gauge" and not lives) or (family.across == "own" and not is_own):
                     continue
                 numbers = [*map(float, slot.numbers[entry.at : entry.at + entry.length])]
+                if isnan(numbers[0]):
+                    continue
                 before = found[family].get(entry.labels)
                 if before is not None:
                     merge: Callable[[float, float], float] = max if family.across == "max" else float.__add__
