@@ -59,7 +59,10 @@ class Losses:
 
 
 class WatchedExporter(SpanExporter):
-    """An exporter that tells losses, and ends fast if the collector takes nothing. For any thread.
+    """An exporter that tells losses, and does not wait for a collector that refuses once the service ends.
+
+    The exporter of OTLP waits between its attempts, and only its shutdown ends such a wait. But the libraries join the
+    thread that sends spans before they shut its exporter down. So the end is told here first.
 
     Args:
         exporter: Sends the spans. It is closed.
@@ -69,8 +72,13 @@ class WatchedExporter(SpanExporter):
         self._exporter = exporter
         self._losses = losses
         self._cause: str | None = None
+        self._lock = threading.Lock()
+        self._is_refused = self._ends = self._is_closed = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        if self._is_closed:
+            self._losses.note(self._cause or "the service ends", len(spans))
+            return SpanExportResult.FAILURE
         self._cause = None
         _exporting.exporter = self
         try:
@@ -80,6 +88,7 @@ class WatchedExporter(SpanExporter):
             result = SpanExportResult.FAILURE
         finally:
             _exporting.exporter = None
+            self._is_refused = False
         if result is not SpanExportResult.SUCCESS:
             self._losses.note(self._cause or "the collector did not take them", len(spans))
         return result
@@ -89,9 +98,21 @@ class WatchedExporter(SpanExporter):
         for it in record.args if isinstance(record.args, tuple) else ():
             if words := _words_of(it):
                 self._cause = words
+        self._is_refused = True
+        if self._ends:
+            self.shutdown()
+
+    def end_soon(self) -> None:
+        """Make one attempt more, at most: from now on what the collector refuses is lost. From another thread."""
+        self._ends = True
+        if self._is_refused:
+            self.shutdown()
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()
+        with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            self._exporter.shutdown()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         return self._exporter.force_flush(timeout_millis)

@@ -2,9 +2,9 @@
 
 Spans end on the event loop and wait in a bounded queue (``OTEL_BSP_MAX_QUEUE_SIZE``); beyond it they are dropped. A
 thread of the libraries sends them in batches to a collector, by OTLP over HTTP. :func:`open_tracing` owns this thread,
-and ends it when the service closes, within the time that it is given. A collector that answers nothing keeps the thread
-busy for longer: then the thread is left behind, with the spans that it has not sent. It is a daemon thread, and no
-process waits for it.
+and ends it when the service closes, within the time that it is given. A collector that refuses does not delay that. One
+that answers nothing keeps the thread busy for longer: then the thread is left behind, with the spans that it has not
+sent. It is a daemon thread, and no process waits for it.
 
 Where traces go, which are taken and how the service is called is said by OpenTelemetry's own variables
 (:mod:`service.telemetry.trace_variables`). The libraries' state for a whole process (the global provider and
@@ -62,6 +62,7 @@ async def open_tracing(
         yield Tracing(provider)
     finally:
         with trio.CancelScope(shield=True, deadline=flush_deadline()) as bound:
+            watched.end_soon()
             await trio.to_thread.run_sync(provider.shutdown, abandon_on_cancel=True)
         losses.tell()
         if bound.cancelled_caught:

@@ -1,10 +1,11 @@
 """Traces: a request, its turn and the calls of the model are one tree, across tasks, processes and to the upstream."""
 
 import json
+import logging
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from math import inf
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -433,3 +434,46 @@ async def test_a_full_queue_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             goes_on.set()
         [lost] = lines_of(read(), "spans are lost")
     assert lost["reason"] == "the queue is full (OTEL_BSP_MAX_QUEUE_SIZE)"
+
+
+async def test_a_collector_that_refuses_connections_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_raw_server(refuse) as server:
+        url = server.url
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")
+    log = await end_with(None)
+    [lost] = lines_of(log, "spans are lost")
+    assert lost["reason"] == "the collector could not be asked (ConnectionError)"
+
+
+async def test_a_wait_between_two_attempts_is_over_when_the_service_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waiting(InMemorySpanExporter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waits, self.ends = threading.Event(), threading.Event()
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            logging.getLogger("opentelemetry.exporter.otlp").warning("Transient error %s", "Service Unavailable")
+            self.waits.set()
+            self.ends.wait(CAP_S)
+            return SpanExportResult.FAILURE
+
+        def shutdown(self) -> None:
+            self.ends.set()
+
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "1")
+    exporter = Waiting()
+    log = await end_with(exporter, lambda: exporter.waits.wait(CAP_S))
+    [lost] = lines_of(log, "spans are lost")
+    assert lost["reason"] == "the collector answered 503"
+
+
+async def end_with(exporter: SpanExporter | None, wait: Callable[[], object] = bool) -> str:
+    """Make a span, wait, and end. Returns the log: it does not say that the end has waited for the collector."""
+    with kept_log("json") as read:
+        async with open_tracing(exporter=exporter, flush_deadline=lambda: trio.current_time() + 20) as tracing:
+            tracing.begin("a", "server").end()
+            await trio.to_thread.run_sync(wait)
+        log = read()
+    assert "traces were lost" not in log
+    return log
