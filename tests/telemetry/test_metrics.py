@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import msgspec
 import pytest
 
 from service.steps import at_once
@@ -173,16 +174,16 @@ def test_a_thread_that_makes_a_series_during_a_scrape_doubles_none(monkeypatch: 
     worker = Metrics()
     worker.memory.read(FAMILIES)
     worker.add(families.TURNS, "completed", "stop")
-    decode = memory.msgspec.json.decode
+    decode = msgspec.json.decode
     store = threading.Thread(target=lambda: worker.set(families.WAL_BYTES, to=7))
 
     def decode_and_let_others_run(*arguments: Any, **rest: Any) -> Any:
-        monkeypatch.setattr(memory.msgspec.json, "decode", decode)
+        monkeypatch.setattr(msgspec.json, "decode", decode)
         store.start()
         store.join(0.2)  # it waits for the scrape
         return decode(*arguments, **rest)
 
-    monkeypatch.setattr(memory.msgspec.json, "decode", decode_and_let_others_run)
+    monkeypatch.setattr(msgspec.json, "decode", decode_and_let_others_run)
     worker.memory.read(FAMILIES)
     store.join()
     assert value(worker, families.TURNS, "completed", "stop") == [1]
