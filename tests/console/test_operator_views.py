@@ -237,6 +237,7 @@ async def test_axe_finds_nothing_serious_in_the_views(tabs: Tabs, theme: str) ->
     session = await tabs.server.new_session("slow")
     turn = await start_turn(tabs.server, session)
     page = await open_tree(tabs, theme=theme)
+    await page.wait_for(f"document.querySelector(\".row[data-turn='{turn}']\")")
     await page.click(f".row[data-turn='{turn}']")
     await page.wait_for("document.querySelector('.tree-details:not([hidden])')")
     assert await violations(page) == []

@@ -378,7 +378,6 @@ async def test_skipped_data_is_in_the_log_once() -> None:
             "log_level": "warning",
             "upstream": name,
             "model": "test",
-            "begins": ": keepalive",
         }
     ]
 
