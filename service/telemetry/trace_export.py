@@ -147,13 +147,15 @@ class _LibraryRecords(logging.Handler):
 
 
 def _variables_of(record: logging.LogRecord) -> set[str]:
-    """The variables that a record is about, by their names; the library's module if it names none."""
-    known = standard_variables(PREFIX)
-    if record.name == "opentelemetry.util.re":
-        named = {name for name in known if re.fullmatch(r"OTEL_EXPORTER_OTLP_(TRACES_)?HEADERS", name)}
-    else:
-        named = {name for name in re.findall(PREFIX + "[A-Z_]+", record.getMessage()) if name in known}
-    return named or {record.name}
+    """The variables that a record names or quotes, by their names; the library's module if there is none."""
+    quoted = [str(it).strip().casefold() for it in (record.args if isinstance(record.args, tuple) else ())]
+    named = re.findall(PREFIX + "[A-Z_]+", record.getMessage())
+
+    def is_meant(name: str, value: str) -> bool:
+        value = value.strip().casefold()
+        return name in named or any(it == value or (len(it) > 3 and it in value) for it in quoted)
+
+    return {name for name, value in standard_variables(PREFIX).items() if is_meant(name, value)} or {record.name}
 
 
 _records = _LibraryRecords()

@@ -14,17 +14,19 @@ to serve: an operator of a cluster sets such variables for all processes of it.
 Source: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Tracing
 
 PREFIX = "OTEL_"
 PROTOCOL = "http/protobuf"
-OpenTracing = Callable[..., AbstractAsyncContextManager["Tracing"]]
-"""Opens traces: :func:`service.telemetry.tracing.open_tracing`."""
+OpenTracing = Callable[..., AbstractAsyncContextManager["Tracing | None"]]
+"""Opens traces: :func:`service.telemetry.tracing.open_asked_tracing`."""
 
 
 class AskedTraces(NamedTuple):
@@ -66,10 +68,21 @@ def find_tracing(variables: Mapping[str, str]) -> tuple[OpenTracing | None, str 
     if not asked.on:
         return None, asked.warning
     try:
-        from service.telemetry.tracing import open_tracing  # noqa: PLC0415  takes the extra, and 0.2 s
+        from service.telemetry.tracing import open_asked_tracing  # noqa: PLC0415  takes the extra, and 0.2 s
     except ModuleNotFoundError:
         return (
             None,
             "OpenTelemetry's variables ask for them, and it is not installed: pip install 'lastcall[otel]'",
         )
-    return open_tracing, None
+    except Exception as error:  # noqa: BLE001  some variables are read by the import
+        return None, refusal_of(variables, error)
+    return open_asked_tracing, None
+
+
+def refusal_of(variables: Mapping[str, str], error: Exception) -> str:
+    """Say with which error the libraries refuse their variables. If its text has a part of the collector's headers or
+    address, only the type is told."""
+    private = [unquote(value) for name, value in variables.items() if name.endswith(("HEADERS", "ENDPOINT"))]
+    words = re.findall(r"[^\s'\"=,;:/]{6,}", unquote(str(error)))
+    text = "" if any(word in value for word in words for value in private) else f": {error}"
+    return f"the libraries refuse their variables ({type(error).__name__}{text})"

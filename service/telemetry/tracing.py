@@ -24,6 +24,7 @@ import trio
 from opentelemetry import context as contexts
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_EXPORT_BATCH_SIZE, OTEL_BSP_MAX_QUEUE_SIZE
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
@@ -32,7 +33,9 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from service import __version__
+from service.settings import standard_variables
 from service.telemetry.trace_export import Losses, WatchedExporter, replacing_library_records
+from service.telemetry.trace_variables import PREFIX, refusal_of
 
 logger = structlog.get_logger("lastcall.tracing")
 
@@ -44,6 +47,21 @@ _NONE = Context()
 
 
 @asynccontextmanager
+async def open_asked_tracing(
+    *, flush_deadline: Callable[[], float] = trio.current_time
+) -> AsyncIterator["Tracing | None"]:
+    """As :func:`open_tracing`; None, with a warning, if the libraries refuse their variables."""
+    try:
+        parts = _Parts(None)
+    except Exception as error:  # noqa: BLE001  a wrong variable of a whole cluster is no reason not to serve
+        logger.warning("there are no traces", reason=refusal_of(standard_variables(PREFIX), error))
+        yield None
+        return
+    async with _opened(parts, flush_deadline) as tracing:
+        yield tracing
+
+
+@asynccontextmanager
 async def open_tracing(
     *, flush_deadline: Callable[[], float] = trio.current_time, exporter: SpanExporter | None = None
 ) -> AsyncIterator["Tracing"]:
@@ -52,21 +70,46 @@ async def open_tracing(
     Args:
         flush_deadline: The moment, on Trio's clock, until which leaving may wait for the collector.
         exporter: Takes the spans; that of OTLP over HTTP unless given. It is closed.
+
+    Raises:
+        Exception: The libraries refuse a variable.
     """
-    losses = Losses()
-    with replacing_library_records(losses):
-        provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
-        watched = WatchedExporter(OTLPSpanExporter() if exporter is None else exporter, losses)
-        provider.add_span_processor(BatchSpanProcessor(watched))
+    async with _opened(_Parts(exporter), flush_deadline) as tracing:
+        yield tracing
+
+
+class _Parts:
+    """The libraries' parts, as their variables want them. The thread runs once they are made."""
+
+    def __init__(self, exporter: SpanExporter | None) -> None:
+        self.losses = Losses()
+        with replacing_library_records(self.losses):
+            self.provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
+            self.exporter = WatchedExporter(OTLPSpanExporter() if exporter is None else exporter, self.losses)
+            processor = BatchSpanProcessor(self.exporter, max_export_batch_size=_batch_size())
+        self.provider.add_span_processor(processor)
+
+
+@asynccontextmanager
+async def _opened(parts: _Parts, flush_deadline: Callable[[], float]) -> AsyncIterator["Tracing"]:
     try:
-        yield Tracing(provider)
+        yield Tracing(parts.provider)
     finally:
         with trio.CancelScope(shield=True, deadline=flush_deadline()) as bound:
-            watched.end_soon()
-            await trio.to_thread.run_sync(provider.shutdown, abandon_on_cancel=True)
-        losses.tell()
+            parts.exporter.end_soon()
+            await trio.to_thread.run_sync(parts.provider.shutdown, abandon_on_cancel=True)
+        parts.losses.tell()
         if bound.cancelled_caught:
             logger.warning("traces were lost: the collector did not take them before the end of the stop")
+
+
+def _batch_size() -> int | None:
+    """The queue's size where a batch would be larger, which the libraries refuse; otherwise None: what they choose."""
+    variables = standard_variables(PREFIX)
+    queue = variables.get(OTEL_BSP_MAX_QUEUE_SIZE, "")
+    batch = variables.get(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, "512")
+    is_larger = queue.isdecimal() and batch.isdecimal() and 0 < int(queue) < int(batch)
+    return int(queue) if is_larger else None
 
 
 def _resource() -> Resource:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,8 +24,8 @@ from service.settings import Settings
 from service.stop_state import Phase
 from service.storage.memory import MemoryStore
 from service.telemetry.trace_export import Losses, WatchedExporter
-from service.telemetry.trace_variables import find_tracing
-from service.telemetry.tracing import open_tracing
+from service.telemetry.trace_variables import find_tracing, refusal_of
+from service.telemetry.tracing import open_asked_tracing, open_tracing
 from tests.kept_log import kept_log, lines_of
 from tests.service.serving import Serving, read_to_end, serving
 from tests.sessions.puppet import open_stage
@@ -352,7 +353,7 @@ def test_the_standard_variables_say_whether_there_are_traces(
     variables: dict[str, str], on: bool, warning: str | None
 ) -> None:
     open_it, told = find_tracing(variables)
-    assert (open_it is open_tracing) == on
+    assert (open_it is open_asked_tracing) == on
     assert (told is None) == (warning is None)
     assert (warning or "") in (told or "")
 
@@ -477,3 +478,72 @@ async def end_with(exporter: SpanExporter | None, wait: Callable[[], object] = b
         log = read()
     assert "traces were lost" not in log
     return log
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "abc", "ValueError: OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT must be "),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0", "ValueError: schedule_delay_millis must be positive."),
+    ],
+)
+async def test_a_variable_that_the_libraries_refuse_is_a_warning_and_the_service_serves(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    opening, _ = find_tracing({"OTEL_TRACES_EXPORTER": "otlp", name: value})
+    with kept_log("json") as read:
+        settings = Settings(store_url="memory:", model_url="scripted:")
+        async with (
+            serving(settings, open_tracing=opening) as server,
+            await server.connect("GET", "/sessions") as answer,
+        ):
+            assert b" 200 " in await read_to_end(answer)
+        [told] = lines_of(read(), "there are no traces")
+    assert told["reason"].startswith(f"the libraries refuse their variables ({reason}")
+
+
+@pytest.mark.parametrize("batch", [None, "300"])
+async def test_a_queue_smaller_than_a_batch_makes_batches_smaller(
+    monkeypatch: pytest.MonkeyPatch, batch: str | None
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
+    if batch is not None:
+        monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", batch)
+    exporter = InMemorySpanExporter()
+    async with open_tracing(exporter=exporter, flush_deadline=lambda: inf) as tracing:
+        tracing.begin("a", "server").end()
+    assert len(exporter.get_finished_spans()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"Port is not a number: '{MARK} word'", "ValueError"),
+        ("a limit must be positive", "ValueError: a limit must be positive"),
+    ],
+)
+def test_an_error_s_text_is_not_told_if_it_has_a_part_of_the_collector_s_address(text: str, told: str) -> None:
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://collector:{MARK}%20word"}
+    assert refusal_of(variables, ValueError(text)) == f"the libraries refuse their variables ({told})"
+
+
+@pytest.mark.processes
+def test_a_variable_that_the_libraries_refuse_at_their_import_is_a_warning() -> None:
+    code = "import os; from service.telemetry.trace_variables import find_tracing; print(find_tracing(os.environ))"
+    variables = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "abc"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **variables}
+    )
+    assert ran.stdout.startswith("(None, 'the libraries refuse their variables (ValueError: ")
+
+
+async def test_a_variable_that_does_not_count_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "sometimes")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "much")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "many")
+    with kept_log("json") as read:
+        async with open_tracing(flush_deadline=lambda: inf):
+            pass
+        [told] = lines_of(read(), "OpenTelemetry does not understand its variables")
+    assert told["variables"] == ["OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_EXPORTER_OTLP_COMPRESSION", "OTEL_TRACES_SAMPLER"]
