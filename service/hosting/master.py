@@ -94,8 +94,7 @@ def run(settings: Settings, config: Config) -> NoReturn:
         bind_addresses(config)
         if config.workers:
             share_peer_port(config, settings)
-            if settings.metrics_bind is not None:
-                METRICS_PORT.share(config, settings.metrics_bind)
+            METRICS_PORT.share(config, settings.metrics_bind)
     except StartupError as error:
         refuse_to_start(error)
     if config.workers == 0:

@@ -39,12 +39,13 @@ async def open_metrics_listener(
     The connections close together with hypercorn's other ones.
 
     Raises:
-        StartupError: The port is taken.
+        StartupError: The port is taken, or the setting has changed since the master's start.
     """
-    if settings.metrics_bind is None:
+    port = METRICS_PORT.open(worker.config, settings.metrics_bind)
+    if port is None:
         yield
         return
-    with trio.socket.from_stdlib_socket(METRICS_PORT.open(worker.config, settings.metrics_bind)) as listening:
+    with trio.socket.from_stdlib_socket(port) as listening:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_Listener(listening, worker, connections).run, serving, name="metrics listener")
             yield

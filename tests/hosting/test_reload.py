@@ -64,6 +64,8 @@ async def test_a_reload_that_fails_leaves_the_old_workers_serving_and_says_why_i
         fault.write_text("")
         config.write_text("streams_max = -5\n")
         await fail_to_reload(r"could not start \(code 78: .*streams_max")
+        config.write_text('streams_max = 5\nmetrics_bind = "127.0.0.1:0"\n')
+        await fail_to_reload(r"could not start \(code 78: metrics_bind has changed")
         config.write_text("streams_max = 6\n")
         await reload(server, "reloaded: 2 new workers serve, 2 old ones drain")
         after = await wait_for_workers(server, 2)

@@ -49,7 +49,7 @@ def share_peer_port(config: Config, settings: Settings) -> None:
     Raises:
         StartupError: The port is taken, or the address is not one of this machine.
     """
-    if settings.peer_bind is not None and settings.store_capabilities.shared:
+    if settings.store_capabilities.shared:
         _PEER_PORT.share(config, settings.peer_bind)
 
 
@@ -57,6 +57,7 @@ def open_peer_port(config: Config, settings: Settings) -> socket.socket | None:
     """Return the listening socket: the master's, or a new one. None if the settings name no port.
 
     Raises:
-        StartupError: As :func:`share_peer_port`; or there are several workers, and no socket that they share.
+        StartupError: As :func:`share_peer_port`; or the setting has changed since; or there are several workers, and no
+            socket that they share.
     """
-    return None if settings.peer_bind is None else _PEER_PORT.open(config, settings.peer_bind)
+    return _PEER_PORT.open(config, settings.peer_bind)

@@ -1,6 +1,7 @@
 """A port that a setting names and that all workers share: the master binds it, and hands the socket down.
 
-So the port stays open while workers come and go, and no worker that hangs holds up connections for the others.
+So the port stays open while workers come and go, and no worker that hangs holds up connections for the others. A worker
+that finds another address in its settings, because they have changed, refuses to start: it would serve the old one.
 """
 
 import os
@@ -26,21 +27,37 @@ class SharedPort:
         self._setting = setting
         self._shared = f"lastcall_{setting}"
         """Where hypercorn's configuration, which workers get, has the socket."""
+        self._shared_address = f"{self._shared}_address"
+        """Where it has the address, also if that is None. It is not there unless a master of ours shares its ports."""
 
-    def share(self, config: Config, address: str) -> None:
+    def share(self, config: Config, address: str | None) -> None:
         """Bind the port for all workers, and leave the socket to them in ``config``. For the master.
+
+        Args:
+            address: None if the setting names none: the workers may have none, either.
 
         Raises:
             StartupError: The port is taken, or the address is not one of this machine.
         """
-        setattr(config, self._shared, SharedFile(self._bind(address).detach()))
+        if address is not None:
+            setattr(config, self._shared, SharedFile(self._bind(address).detach()))
+        setattr(config, self._shared_address, address)
 
-    def open(self, config: Config, address: str) -> socket.socket:
-        """Return the listening socket: the master's, or a new one.
+    def open(self, config: Config, address: str | None) -> socket.socket | None:
+        """Return the listening socket, the master's or a new one; None if the setting names no address.
 
         Raises:
-            StartupError: As :meth:`share`; or there are several workers, and no socket that they share.
+            StartupError: As :meth:`share`; or the setting has changed since; or there are several workers, and no
+                socket that they share.
         """
+        at_first = getattr(config, self._shared_address, address)
+        if address != at_first:
+            raise StartupError(
+                f"{self._setting} has changed from {at_first or 'no address'} to {address or 'no address'}: a reload "
+                "does not change it, restart the service."
+            )
+        if address is None:
+            return None
         shared: SharedFile | int | None = getattr(config, self._shared, None)
         if shared is not None:
             return socket.socket(fileno=os.dup(shared.descriptor if isinstance(shared, SharedFile) else shared))
