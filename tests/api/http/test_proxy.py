@@ -43,6 +43,7 @@ from service.hosting.peer_listener import client_returns
 from service.models.scripted import Script, ScriptedClient
 from service.sessions.events.events import Event
 from service.sessions.events.replay import Replay
+from service.sessions.turns import turn as turn_module
 from service.stop_state import Phase
 from service.storage.records import SEQ_AFTER_CRASH, EndResult, TurnRecord
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -284,7 +285,8 @@ async def test_a_stream_goes_on_here_with_the_turn_of_a_dead_owner(tmp_path: Pat
 async def test_the_client_of_a_stream_that_goes_on_here_is_the_turns_client(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The turn lives as long as this client, and is cancelled when the client leaves."""
+    """The turn lives as long as this client, and is cancelled when the client leaves after the time for its return."""
+    monkeypatch.setattr(turn_module, "CLIENT_RETURNS_S", 0.05)
     turn = msgspec.structs.replace(a_turn(TURN, "s"), started_at=datetime.now(UTC), on_interrupt="retry")
     async with open_owner(tmp_path, turn=turn) as (api, owner):
         slow = ScriptedClient(Script(tokens=1000, rate=100, first_token_s=0))
