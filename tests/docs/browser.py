@@ -103,16 +103,31 @@ class Page:
         raise PageError(f"never true: {condition}\nthe page:\n{seen}\nits console: {self.complaints}")
 
     async def click(self, selector: str) -> None:
-        """Press and release the mouse in the middle of an element."""
-        box = await self.get(
-            f"(() => {{ const found = document.querySelector({json.dumps(selector)});"
-            "found.scrollIntoView({block: 'center'});"
-            "const box = found.getBoundingClientRect();"
-            "return [box.x + box.width / 2, box.y + box.height / 2, box.width]; })()"
-        )
-        x, y, width = box
-        assert width > 0, f"{selector} is not visible"
+        """Press and release the mouse in the middle of an element, once nothing covers it.
+
+        A moment is left to an element that moves, as those of a page do that is still being built.
+
+        Raises:
+            PageError: There was no such element in time.
+        """
         await self.call("Page.bringToFront")
+        middle = f"""(async () => {{
+            for (let looks = 0, before = null; ; looks++) {{
+                const found = document.querySelector({json.dumps(selector)});
+                found?.scrollIntoView({{block: 'center'}});
+                const box = found?.getBoundingClientRect();
+                const [x, y] = box ? [box.x + box.width / 2, box.y + box.height / 2] : [0, 0];
+                const hit = box?.width > 0 ? document.elementFromPoint(x, y) : null;
+                const isHit = hit !== null && (found.contains(hit) || hit.contains(found));
+                if (isHit && (looks > 10 || (before?.[0] === x && before?.[1] === y))) return [x, y];
+                before = isHit ? [x, y] : null;
+                await new Promise((done) => setTimeout(done, 20));
+            }}
+        }})()"""
+        with trio.move_on_after(CAP_S) as cap:
+            x, y = await self.get(middle)
+        if cap.cancelled_caught:
+            raise PageError(f"{selector} cannot be clicked: it is not there, or covered")
         for kind in ("mousePressed", "mouseReleased"):
             await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
