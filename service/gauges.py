@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,7 +75,8 @@ class Gauges:
         used = resource.getrusage(resource.RUSAGE_SELF)
         before, self._cpu_s = self._cpu_s, used.ru_utime + used.ru_stime
         metrics.add(families.CPU, by=self._cpu_s - before)
-        metrics.set(families.MEMORY, to=int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES)
+        with suppress(OSError):  # no descriptor is left: the former number stays
+            metrics.set(families.MEMORY, to=int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES)
 
     async def count_sessions(self) -> None:
         """Count the sessions in the store, unless that was done just now. Waits :data:`COUNT_TIMEOUT_S` at most."""

@@ -6,7 +6,6 @@ import tracemalloc
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import apsw
 import msgspec
@@ -37,7 +36,7 @@ from service.storage.pieces import Run
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint, Item, TurnRecord
 from service.storage.sqlite import event_pages, open_sqlite_store
 from service.storage.store import Store
-from tests.sessions.puppet import frames_in, frames_of
+from tests.sessions.puppet import Puppet, frames_in, frames_of
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
@@ -54,7 +53,7 @@ told_events = st.one_of(
 
 def run_turn(told: Iterable[ModelEvent]) -> Iterator[Turn]:
     """A turn that takes what a model tells; gives the turn after each event."""
-    client: Any = None
+    client = Puppet()
     turn = Turn(a_turn(), client=client, system_message=None, on_disconnect="continue", settings=Settings())
     turn.start(T0)
     yield turn

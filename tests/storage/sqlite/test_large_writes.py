@@ -18,7 +18,7 @@ from service.settings import Settings
 from service.storage.pieces import Run
 from service.storage.records import Checkpoint, Item
 from service.storage.sqlite import event_pages, open_sqlite_store, store, turns
-from tests.sessions.puppet import pieces_of
+from tests.sessions.puppet import Puppet, pieces_of
 from tests.storage.rows import T0, a_session, a_turn, at, ended, said, told
 
 STEP_LENGTH = 100
@@ -156,7 +156,7 @@ async def test_two_large_writes_of_a_turn_at_once_leave_no_hole(
 async def test_an_end_that_is_tried_again_after_a_late_acknowledgement_has_no_event_twice(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client: Any = None
+    client = Puppet()
     turn = Turn(a_turn(), client=client, system_message=None, on_disconnect="continue", settings=Settings())
     turn.start(T0)
     turn.take([TextDelta(text) for text in TEXTS[:5]])
