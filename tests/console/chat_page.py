@@ -23,12 +23,7 @@ class ChatPage:
         named = f"(it.textContent === {json.dumps(words)} || it.getAttribute('aria-label') === {json.dumps(words)})"
         usable = f"(it) => {named} && it.checkVisibility() && !it.disabled"
         found = f"[...document.querySelectorAll('button')].findLast({usable})"
-        await self.page.wait_for(found)
-        await self.page.get(
-            "document.querySelectorAll('[data-pressed]').forEach((it) => it.removeAttribute('data-pressed')),"
-            f"{found}.setAttribute('data-pressed', '')"
-        )
-        await self.page.click("[data-pressed]")
+        await self.page.click_on(found)
 
     async def has(self, words: str, where: str = "body") -> None:
         """Return once the page shows these words."""

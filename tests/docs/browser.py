@@ -103,6 +103,10 @@ class Page:
         raise PageError(f"never true: {condition}\nthe page:\n{seen}\nits console: {self.complaints}")
 
     async def click(self, selector: str) -> None:
+        """Press and release the mouse in the middle of an element; see :meth:`click_on`."""
+        await self.click_on(f"document.querySelector({json.dumps(selector)})")
+
+    async def click_on(self, found: str) -> None:
         """Press and release the mouse in the middle of an element, once nothing covers it.
 
         A moment is left to an element that moves, as those of a page do that is still being built.
@@ -113,7 +117,7 @@ class Page:
         await self.call("Page.bringToFront")
         middle = f"""(async () => {{
             for (let looks = 0, before = null; ; looks++) {{
-                const found = document.querySelector({json.dumps(selector)});
+                const found = {found};
                 found?.scrollIntoView({{block: 'center'}});
                 const box = found?.getBoundingClientRect();
                 const [x, y] = box ? [box.x + box.width / 2, box.y + box.height / 2] : [0, 0];
@@ -127,7 +131,7 @@ class Page:
         with trio.move_on_after(CAP_S) as cap:
             x, y = await self.get(middle)
         if cap.cancelled_caught:
-            raise PageError(f"{selector} cannot be clicked: it is not there, or covered")
+            raise PageError(f"{found} cannot be clicked: it is not there, or covered")
         for kind in ("mousePressed", "mouseReleased"):
             await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
