@@ -29,6 +29,7 @@ async def test_a_first_message_begins_a_conversation_that_is_renamed_and_deleted
     await chat.has("What shall we talk about?")
     await chat.send("What is a nursery?")
     await chat.is_in("completed")
+    await chat.replies("its tasks.")  # a reply is drawn in steps
     assert await chat.turns() == [["completed", "What is a nursery?", "The nursery waits for its tasks."]]
     assert await chat.page.get(f"{LAST}.querySelector('.markdown strong').textContent") == "nursery"
     session = await chat.session()
