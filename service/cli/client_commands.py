@@ -5,7 +5,6 @@ when it runs.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -86,4 +85,4 @@ def run_client_command(arguments: argparse.Namespace, *, encoding: str | None = 
 
         return client_run.run(arguments, target, encoding=encoding or sys.stdout.encoding)
     except KeyboardInterrupt:  # while the command is loaded
-        return 128 + signal.SIGINT
+        return exit_codes.INTERRUPTED

@@ -1,4 +1,7 @@
-"""The exit codes of the commands that talk to a server. Those above 63 are of ``sysexits.h``."""
+"""The exit codes of ``lastcall``, but for how a server ends. Those from 64 to 78 are of ``sysexits.h``.
+
+Of a server: :class:`~service.hosting.process.process_exit.ExitCode`.
+"""
 
 from typing import Final
 
@@ -15,6 +18,8 @@ NOT_LASTCALL: Final = 76
 """What answers is no Lastcall server (``EX_PROTOCOL``)."""
 NO_PERMISSION: Final = 77
 """The server does not accept the key, or the key may not do this (``EX_NOPERM``)."""
+REFUSED: Final = 78
+"""A start, or a command for the store, was refused (``EX_CONFIG``)."""
 INTERRUPTED: Final = 130
 """Ctrl+C. Other signals: 128 and their number."""
 OUTPUT_CLOSED: Final = 141

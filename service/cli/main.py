@@ -3,13 +3,13 @@
 import argparse
 import io
 import json
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import service
 from service import __version__
+from service.cli import exit_codes
 from service.cli.certificates import add_certificates_command, run_certificates_command
 from service.cli.client_commands import CLIENT_COMMANDS, add_client_commands, run_client_command
 from service.cli.store_commands import add_commands, run_store_command
@@ -27,8 +27,6 @@ from service.settings import (
     shown_url,
 )
 
-EXIT_REFUSED = 78
-"""The exit code of a start-up that was refused: ``EX_CONFIG`` of sysexits.h."""
 _BIND_HELP = "host:port or, with api_keys, unix:path, in place of the setting; port 0 takes a free one"
 
 
@@ -73,12 +71,12 @@ def _run(arguments: argparse.Namespace) -> int:
     except StartupError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"lastcall: {line}\n")
-        return EXIT_REFUSED
+        return exit_codes.REFUSED
     except UnicodeEncodeError as error:  # an argument, or the working directory
         sys.stderr.write(f"lastcall: {error.object!r} should be UTF-8\n")
-        return EXIT_REFUSED
+        return exit_codes.REFUSED
     except KeyboardInterrupt:  # a command for the store
-        return 128 + signal.SIGINT
+        return exit_codes.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
