@@ -115,9 +115,9 @@ def encoded_response(
     return TrioResponse(encoded, status, headers, content_type="application/json")
 
 
-def no_content() -> TrioResponse:
-    """Return a response without a body."""
-    response = TrioResponse(b"", 204)
+def no_content(status: int = 204, headers: dict[str, str] | None = None) -> TrioResponse:
+    """Return a response without a body: 204, or 304 with the headers of what the client has already."""
+    response = TrioResponse(b"", status, headers)
     for name in ("Content-Type", "Content-Length"):  # Quart sets them also without a body
         response.headers.pop(name, None)
     return response

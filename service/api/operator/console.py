@@ -19,6 +19,7 @@ from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import NotFound
 
 from service import __version__
+from service.api.http.app_state import no_content
 from service.api.http.locations import located, prefix_of
 from service.api.http.operations import Answer, operation
 
@@ -161,10 +162,7 @@ def _respond(file: File, caching: str) -> TrioResponse:
     """Return a file, or 304 where the browser has it already."""
     headers = HEADERS | {"Cache-Control": caching, "ETag": file.etag}
     if request.if_none_match.contains_weak(file.etag.strip('"')):
-        response = TrioResponse(b"", 304, headers)
-        for name in ("Content-Type", "Content-Length"):  # Quart sets them also without a body
-            response.headers.pop(name, None)
-        return response
+        return no_content(304, headers)
     return TrioResponse(file.content, headers=headers, content_type=file.media_type)
 
 
