@@ -3,10 +3,12 @@
 The prefix is hypercorn's ``--root-path``, ASGI's ``root_path``; it is empty without such a proxy.
 """
 
+import re
 from typing import Any, cast
 from urllib.parse import quote
 
 from quart import request
+from werkzeug.routing import Rule
 
 from service.ids import public_id
 
@@ -28,6 +30,11 @@ def located(path: str) -> str:
 def prefix_of(scope: dict[str, Any]) -> str:
     """Return the prefix as it is written in a URL, without a slash at its end."""
     return quote(root_path_of(scope))
+
+
+def path_template(rule: Rule) -> str:
+    """Return the path of a route as documents have it: ``/sessions/{session_id}``."""
+    return re.sub("<(?:[a-z]+:)?([^>]+)>", r"{\1}", rule.rule)
 
 
 def take_prefix(scope: dict[str, Any]) -> None:

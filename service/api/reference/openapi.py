@@ -17,6 +17,7 @@ from service.api.http.callers import OWNER, NotPermittedError
 from service.api.http.event_stream import MEDIA_TYPE as EVENT_STREAM
 from service.api.http.held_bytes import HeldBytesLimitError
 from service.api.http.idempotency_keys import HEADER, InvalidKeyError
+from service.api.http.locations import path_template
 from service.api.http.operations import Answer, Operation, operation_of
 from service.api.http.preconditions import TAGS, MalformedHeaderError
 from service.api.http.problems import ADVICE, NotReadyError, Problem, code_of, status_of
@@ -101,7 +102,7 @@ def build_document(app: Quart) -> dict[str, Any]:
         handler = app.view_functions[rule.endpoint]
         if not operation_of(handler).is_described:
             continue
-        path = re.sub("<(?:[a-z]+:)?([^>]+)>", r"{\1}", rule.rule)
+        path = path_template(rule)
         tag = rule.endpoint.partition(".")[0]
         method = next(iter((rule.methods or set()) - {"HEAD", "OPTIONS"})).lower()
         paths.setdefault(path, {})[method] = _operation(

@@ -12,7 +12,6 @@
 * The server's messages go to the request without a task in between.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -27,6 +26,7 @@ from quart.wrappers.response import DataBody
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from service.api.http.event_stream import ENDS_UNREAD, PIECE_WRITER, LastPiece, is_event_stream
+from service.api.http.locations import path_template
 from service.api.http.request_body import BoundedBody, drop_body
 from service.api.http.request_record import RequestRecord, record_of
 from service.errors import ShuttingDownError
@@ -57,7 +57,7 @@ class OpenRequests(dict[Request, trio.lowlevel.Task]):
         """Tell the live tree which tasks answer requests. A path is told as its route: without ids."""
         for request, task in tuple(self.items()):
             rule = request.url_rule
-            path = "" if rule is None else " " + re.sub("<(?:[a-z]+:)?([^>]+)>", r"{\1}", rule.rule)
+            path = "" if rule is None else " " + path_template(rule)
             notes.name(task, Node(parent=None, kind="request", name=f"{request.method}{path}"))
             yield
 
