@@ -41,6 +41,16 @@ def turns(samples: Samples) -> dict[str, float]:
     return {labels: value for (name, labels), value in samples.items() if name == "lastcall_turns_total"}
 
 
+async def store_pending_writes(api: Api) -> None:
+    pending = api.service.sessions.pending_writes
+    with trio.fail_after(30):
+        while pending.turns:
+            try:
+                await pending.retry()
+            except StoreError:
+                await trio.sleep(0.01)
+
+
 async def test_turns_are_counted_by_outcome_and_reason_with_their_tokens(autojump_clock: object) -> None:
     model_url = "scripted:?tokens=7&rate=10"
     async with open_api(model_url=model_url, expiry_interval_s=3600, turn_timeout_s=30) as api:
@@ -119,12 +129,7 @@ async def test_an_end_that_the_store_refuses_is_counted_and_pending_until_it_is_
             await api.call("POST", f"{started.headers['location']}/cancel")
             during = await scrape(api)
             other.execute("ROLLBACK")
-        with trio.fail_after(30):
-            while api.service.sessions.pending_writes.turns:
-                try:
-                    await api.service.sessions.pending_writes.retry()
-                except StoreError:
-                    await trio.sleep(0.01)
+        await store_pending_writes(api)
         after = await scrape(api)
     assert during["lastcall_turn_ends_not_stored_total", ""] == 1
     assert during["lastcall_turn_ends_pending", ""] == 1
@@ -147,12 +152,7 @@ async def test_a_turn_whose_caller_got_an_error_is_no_turn_that_failed(tmp_path:
                 assert (await api.call("POST", f"/sessions/{session}/turns", turn)).status == 503
             during = await scrape(api)
             other.execute("ROLLBACK")
-        with trio.fail_after(30):
-            while api.service.sessions.pending_writes.turns:
-                try:
-                    await api.service.sessions.pending_writes.retry()
-                except StoreError:
-                    await trio.sleep(0.01)
+        await store_pending_writes(api)
         after = await scrape(api)
     assert during["lastcall_turn_ends_pending", ""] == 2
     for samples in (during, after):
