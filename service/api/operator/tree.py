@@ -141,8 +141,7 @@ async def _other_worker(service: Service, pid: int | UnsetType) -> TrioResponse 
     worker = None if pid is UNSET else current_workers().find(pid)
     if worker is None:
         return None
-    cut = b"event: end\ndata: " + msgspec.json.encode(TreeEnd(reason="gone", shutdown=stop_of(service))) + b"\n\n"
-    response = None if is_from_peer() else await pass_to(worker.address, cut=cut)
+    response = None if is_from_peer() else await pass_to(worker.address, cut=_end_event(service, "gone"))
     if response is None:
         raise WorkerNotFoundError
     return response
@@ -260,8 +259,11 @@ class TreeStream(ResponseBody):
 
     def _end(self, reason: Any) -> Iterator[bytes]:
         self._ended = True
-        end = TreeEnd(reason=reason, shutdown=stop_of(self._service))
-        return iter((LastPiece(b"event: end\ndata: " + msgspec.json.encode(end) + b"\n\n"),))
+        return iter((LastPiece(_end_event(self._service, reason)),))
+
+
+def _end_event(service: Service, reason: Any) -> bytes:
+    return b"event: end\ndata: " + msgspec.json.encode(TreeEnd(reason=reason, shutdown=stop_of(service))) + b"\n\n"
 
 
 def _with_lists(head: msgspec.Struct, lists: dict[str, Sequence[Any]], *, last: bytes = b"") -> Iterator[bytes]:
