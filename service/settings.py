@@ -989,7 +989,7 @@ def _complaint(detail: ErrorDetails, *, of_variable: bool) -> str:
     names = [part for part in detail["loc"] if isinstance(part, str)]
     if detail["type"] == "extra_forbidden":
         known = _TYPE_OF_TABLE[names[0]] if len(names) > 1 else Settings
-        if names[-1] in (KEY_VARIABLE, KEY_FILE_VARIABLE, "api_key", "api_key_file") and of_variable:
+        if of_variable and names[-1] in ("api_key", "api_key_file"):
             return "is what clients send; the keys that this server accepts are LASTCALL_API_KEYS"
         meant = get_close_matches(names[-1].removeprefix(ENV_PREFIX).lower(), known.model_fields, n=1)
         spelt = [ENV_PREFIX + it.upper() if of_variable else it for it in meant]
