@@ -39,8 +39,20 @@ class ChatPage:
         """Return once the last reply has this text in it."""
         await self.page.wait_for(f"{REPLY}.includes({json.dumps(start)})")
 
+    async def replies_whole(self, text: str) -> None:
+        """Return once the last reply is drawn to the last word of this text: its state is shown before."""
+        await self.replies(f" {text.rsplit(maxsplit=1)[-1]} ")
+
     async def reply(self) -> str:
         text: str = await self.page.get(REPLY)
+        return text
+
+    async def copied(self, button: str) -> str:
+        """What this button of the last turn puts on the clipboard."""
+        text: str = await self.page.get(
+            "navigator.clipboard.writeText = (text) => ((window.copied = text), Promise.resolve()),"
+            f"{LAST}.querySelector({json.dumps(button)}).click(), window.copied"
+        )
         return text
 
     async def turns(self) -> list[list[str]]:

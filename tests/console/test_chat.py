@@ -60,6 +60,7 @@ async def test_a_reply_streams_is_stopped_and_asked_again(tabs: Tabs) -> None:
     await chat.has("Stopped.", ".turn:last-child .turn-end")
     [turn] = await turns_of(tabs, session)
     assert (turn["state"], turn["reason"]) == ("cancelled", "requested")
+    await chat.replies_whole(turn["text"])
     assert (await chat.reply()).split() == turn["text"].split()
     await chat.press("Retry")
     await chat.has("2 of 2")
@@ -69,6 +70,7 @@ async def test_a_reply_streams_is_stopped_and_asked_again(tabs: Tabs) -> None:
     await chat.press("Previous version")
     await chat.has("1 of 2")
     assert (await tabs.server.call("GET", f"/sessions/{session}"))["head"] == turn["id"]
+    await chat.replies_whole(turn["text"])
     assert (await chat.reply()).split() == turn["text"].split()
 
 
@@ -108,8 +110,10 @@ async def test_a_cut_connection_comes_back_with_nothing_lost_and_the_timeline_sh
     await chat.press("Stop")
     await chat.is_in("cancelled")
     [turn] = await turns_of(tabs, session)
+    await chat.replies_whole(turn["text"])
     numbers = (await chat.reply()).split()
     assert numbers == turn["text"].split() == [str(it) for it in range(len(numbers))]
+    await chat.has("Cancelled", ".turn:last-child .moments")
     moments = await chat.page.get(f"[...{LAST}.querySelectorAll('.moments b')].map((it) => it.textContent)")
     assert moments == ["Accepted", "Started", "First token", "Cut", "Back", "Cut", "Back", "Cancelled"]
 
@@ -124,6 +128,7 @@ async def test_a_reload_in_mid_stream_goes_on_with_the_whole_reply(tabs: Tabs) -
     await chat.press("Stop")
     await chat.is_in("cancelled")
     [turn] = await turns_of(tabs, session)
+    await chat.replies_whole(turn["text"])
     assert (await chat.reply()).split() == turn["text"].split()
 
 
@@ -152,7 +157,7 @@ async def test_two_tabs_on_one_conversation_show_the_same(tabs: Tabs) -> None:
         await chat.is_in("cancelled")
     [turn] = await turns_of(tabs, session)
     for chat in (one, other):
-        await chat.replies(f" {turn['text'].split()[-1]} ")
+        await chat.replies_whole(turn["text"])
         assert [(state, text, reply.split()) for state, text, reply in await chat.turns()] == [
             ("cancelled", "Count", turn["text"].split())
         ]
@@ -208,11 +213,7 @@ async def test_a_hostile_reply_does_nothing_to_the_page_that_shows_it(tabs: Tabs
     )
     await chat.page.get(f"{LAST}.querySelectorAll('.markdown :not(a)').forEach((it) => it.click?.())")
     assert await chat.page.get("window.hit ?? null") is None
-    copied = (
-        "navigator.clipboard.writeText = (text) => ((window.copied = text), Promise.resolve()),"
-        f"{LAST}.querySelector('.code button').click(), window.copied"
-    )
-    assert await chat.page.get(copied) == "<script>window.hit = 'code'</script>\nrm -rf / # harmless[2K"
+    assert await chat.copied(".code button") == "<script>window.hit = 'code'</script>\nrm -rf / # harmless[2K"
 
 
 def create_thousand(url: str) -> None:

@@ -158,6 +158,7 @@ async def test_a_restart_in_mid_stream_loses_nothing_and_doubles_nothing(tabs: T
     await chat.is_in("interrupted")
     await chat.has("The server was stopped before the end of this reply. What had arrived is kept.", ".turn-end")
     await chat.has("The server does not answer.", "#notice")
+    await chat.replies_whole(await chat.copied(".tools > .button"))
     interrupted = await chat.reply()
     await chat.send("Are you back?")
     await chat.has("Attempt ", ".status")
@@ -174,6 +175,7 @@ async def test_a_restart_in_mid_stream_loses_nothing_and_doubles_nothing(tabs: T
             ("Are you back?", "cancelled"),
         ]
         assert interrupted.split() == first["text"].split()
+        await chat.replies_whole(second["text"])
         assert (await chat.reply()).split() == second["text"].split()
         assert await chat.page.get(f"{LAST}.querySelector('.asked').textContent") == "Are you back?"
         other = await tabs.open("#/chat", url=url)
