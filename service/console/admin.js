@@ -2,7 +2,6 @@
 
 import { button, h } from "./dom.js";
 import { LastcallError } from "./lastcall.js";
-import { ADDRESS } from "./service.js";
 
 const SILENCE_MS = 8000; // the service sends a comment every two seconds
 
@@ -18,35 +17,18 @@ export function set(node, name, value) {
   } else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
 }
 
-/** An answer of the service. Throws: LastcallError, with `code` and `status`, or `unreachable`. */
-export async function fetchOf(service, path, { signal, accept }) {
-  const headers = { Accept: accept };
-  if (service.key) headers.Authorization = `Bearer ${service.key}`;
-  let answer;
-  try {
-    answer = await service.fetch(`${ADDRESS}${path}`, { headers, signal, cache: "no-store" });
-  } catch (error) {
-    signal.throwIfAborted();
-    throw new LastcallError("The server cannot be reached.", { code: "unreachable", cause: error });
-  }
-  if (answer.ok) return answer;
-  const problem = await answer.json().catch(() => ({}));
-  const detail = problem.detail ?? `The server answers with ${answer.status}.`;
-  throw new LastcallError(detail, { code: problem.code ?? "unknown", status: answer.status, problem });
-}
-
 /**
  * The events of a stream, each with its `type` and its data. Ends when the body does. A stream that is silent for longer
  * than the service ever is counts as cut.
  *
- * Throws: LastcallError, as `fetchOf`; the signal's reason.
+ * Throws: LastcallError, as `service.answer`; the signal's reason.
  */
 export async function* eventsOf(service, path, { signal }) {
   const silence = new AbortController();
   const either = AbortSignal.any([signal, silence.signal]);
   let timer = setTimeout(() => silence.abort(), SILENCE_MS);
   try {
-    const answer = await fetchOf(service, path, { signal: either, accept: "text/event-stream" });
+    const answer = await service.answer("GET", path, { signal: either, accept: "text/event-stream" });
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
     for (;;) {

@@ -1,6 +1,6 @@
 // The view Metrics: small charts of the service's own figures, and the counters that must stay 0.
 
-import { fetchOf, mayPass, pause, refusal, set, whenShown, write } from "./admin.js";
+import { mayPass, pause, refusal, set, whenShown, write } from "./admin.js";
 import { chart } from "./chart.js";
 import { h } from "./dom.js";
 import { figuresOf, gaugesOf, zerosOf } from "./figures.js";
@@ -138,7 +138,7 @@ export async function mount(root, { service, signal }) {
   root.append(h("header", { class: "view-head" }, h("h1", { text: "Metrics" }), about), trouble, figures);
 
   async function look() {
-    const answer = await fetchOf(service, "/metrics", { signal, accept: "text/plain" });
+    const answer = await service.answer("GET", "/metrics", { signal, accept: "text/plain" });
     const scrape = parse(await answer.text());
     const at = Date.now();
     const gauges = gaugesOf(scrape);

@@ -16,7 +16,7 @@ export const ADDRESS = new URL("../../", import.meta.url).href.replace(/\/$/, ""
  * - `state`, when `state` changes: `connecting`, `online`, `closing` (it shuts down and still answers), `unreachable`
  *   (no answer: it is stopped, or the network is gone), `offline` (the browser says so);
  * - `back`, when it answers again after it did not: read again what may have changed;
- * - `key`, when it wants a key, or another one than this tab has; and after a key was entered (`hasKey`).
+ * - `key`, when it wants a key, or another one than this tab has; and after a key was entered.
  */
 export class Service extends EventTarget {
   state = "connecting";
@@ -65,29 +65,23 @@ export class Service extends EventTarget {
    *
    * Throws: LastcallError, with `code`, `status` and `detail`; the signal's reason, if it is aborted.
    */
-  async json(method, path, { body, signal } = {}) {
-    const headers = { Accept: "application/json" };
+  async json(method, path, options = {}) {
+    const answer = await this.answer(method, path, options);
+    return jsonOf(await reached(answer.text(), options.signal));
+  }
+
+  /** As `json`, but returns the answer once it has begun: its body is not read yet. */
+  async answer(method, path, { accept = "application/json", body, signal } = {}) {
+    const headers = { Accept: accept };
     if (this.key) headers.Authorization = `Bearer ${this.key}`;
     if (body !== undefined) headers["Content-Type"] = "application/json";
     const content = body === undefined ? undefined : JSON.stringify(body);
-    let answer;
-    let text;
-    try {
-      answer = await this.fetch(ADDRESS + path, { method, headers, body: content, signal, cache: "no-store" });
-      text = await answer.text();
-    } catch (error) {
-      signal?.throwIfAborted();
-      throw new LastcallError("The server cannot be reached.", { code: "unreachable", cause: error });
-    }
-    let value = null;
-    try {
-      value = text ? JSON.parse(text) : null;
-    } catch {
-      // an answer of something in between, e.g. of a proxy
-    }
-    if (answer.ok) return value;
-    const detail = value?.detail ?? `The server answers with ${answer.status}.`;
-    throw new LastcallError(detail, { code: value?.code ?? "unknown", status: answer.status, problem: value ?? {} });
+    const options = { method, headers, body: content, signal, cache: "no-store" };
+    const answer = await reached(this.fetch(ADDRESS + path, options), signal);
+    if (answer.ok) return answer;
+    const problem = jsonOf(await reached(answer.text(), signal)) ?? {};
+    const detail = problem.detail ?? `The server answers with ${answer.status}.`;
+    throw new LastcallError(detail, { code: problem.code ?? "unknown", status: answer.status, problem });
   }
 
   /** Asks now whether the service is there, and again from then on. */
@@ -123,5 +117,24 @@ export class Service extends EventTarget {
     this.#wasAway = state !== "online" && (this.#wasAway || state !== "connecting");
     this.dispatchEvent(new Event("state"));
     if (isBack) this.dispatchEvent(new Event("back"));
+  }
+}
+
+/** What the network gives. Throws: LastcallError `unreachable`; the signal's reason, if it is aborted. */
+async function reached(arriving, signal) {
+  try {
+    return await arriving;
+  } catch (error) {
+    signal?.throwIfAborted();
+    throw new LastcallError("The server cannot be reached.", { code: "unreachable", cause: error });
+  }
+}
+
+/** The value of a text; null where it is no JSON, as that of something in between may be, e.g. of a proxy. */
+function jsonOf(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
   }
 }
