@@ -2,6 +2,7 @@
 
 import { set, write } from "./admin.js";
 import { h, svg } from "./dom.js";
+import { roundAbove } from "./format.js";
 
 const WIDTH = 300;
 const HEIGHT = 100;
@@ -62,7 +63,7 @@ export function chart({ title, about, series, format, top }) {
   function draw(points, since, to) {
     [drawnPoints, from, until] = [points, since, to];
     const found = points.flatMap((point) => series.map(({ name }) => point[name] ?? 0));
-    const scale = niceTop(Math.max(top, ...found));
+    const scale = roundAbove(Math.max(top, ...found) * 0.999);
     for (const { name } of series) lines.get(name).setAttribute("d", path(points, name, scale, place));
     if (series.length === 1) area.setAttribute("d", filled(points, series[0].name, scale, place));
     write(highest, format(scale));
@@ -114,12 +115,6 @@ export function chart({ title, about, series, format, top }) {
     show(drawnPoints.at(-1));
   };
   return { element: figure, draw };
-}
-
-/** The next of 1, 2, 5, 10, 20… that is not below a value. */
-export function niceTop(value) {
-  const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
 
 /** A line through the points; it breaks where there is no value, and where the page did not look. */

@@ -1,6 +1,7 @@
 // The view of conversations: their list at the left, one of them in the middle. Tabs of this browser tell each other of changes.
 
 import { Conversation } from "./conversation.js";
+import { counted } from "./format.js";
 import { ADDRESS } from "./service.js";
 import { SessionList } from "./sessions.js";
 import { refused } from "./words.js";
@@ -51,7 +52,7 @@ export async function mount(root, context) {
   async function remove(session) {
     const title = session.title || "Untitled";
     const running = session.status === "running" ? " The reply that is written now ends." : "";
-    const words = `“${title}” with ${session.message_count} ${session.message_count === 1 ? "message" : "messages"} is gone for good.${running}`;
+    const words = `“${title}” with ${counted(session.message_count, "message")} is gone for good.${running}`;
     if (!(await context.ask({ title: "Delete this conversation?", words, yes: "Delete", kind: "danger" }))) return;
     await attempt(async () => {
       await client.deleteSession(session.id, { signal });

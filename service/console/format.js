@@ -57,6 +57,15 @@ export const count = (number) => COUNT.format(number);
 /** `1 message`, `2 messages`. */
 export const counted = (number, one, many = `${one}s`) => `${COUNT.format(number)} ${number === 1 ? one : many}`;
 
+/** A bound, which is mostly a whole number of seconds: `30 s`. */
+export const boundWords = (ms) => (ms % SECOND === 0 && ms < MINUTE ? `${ms / SECOND} s` : duration(ms));
+
+/** The least of …, 0.5, 1, 2, 5, 10, 20, … that is not below a value above 0: for scales and their steps. */
+export function roundAbove(value) {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value);
+}
+
 /** A size: `812 B`, `1.4 KiB`, `3.0 MiB`. */
 export function bytes(size) {
   if (size < 1024) return `${size} B`;

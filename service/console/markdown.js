@@ -5,6 +5,7 @@
 // NODES_MAX elements goes on as plain text.
 
 import { button, h, icon } from "./dom.js";
+import { counted } from "./format.js";
 import { toast } from "./toasts.js";
 
 const LEAF_MAX = 4096;
@@ -38,7 +39,7 @@ export async function copy(text, pressed) {
     }
   }
   const left = text.replace(/\r\n?/g, "\n").length - clean.length;
-  if (left) toast(`Copied without ${left} control ${left === 1 ? "character" : "characters"}.`);
+  if (left) toast(`Copied without ${counted(left, "control character")}.`);
   const before = [...pressed.childNodes];
   if (pressed.dataset.copied) return;
   pressed.dataset.copied = "yes";

@@ -2,7 +2,7 @@
 
 import { drainButton, mayPass, pause, refusal } from "./admin.js";
 import { h } from "./dom.js";
-import { ago, count, counted, date, duration } from "./format.js";
+import { ago, boundWords, count, counted, date, duration } from "./format.js";
 
 const LIMIT = 50;
 const AGAIN_MS = 10_000;
@@ -124,12 +124,12 @@ function bars({ phases_ms: took, bounds_ms: bounds }) {
     bar.style.width = `${(ms / total) * 100}%`;
     const track = h("div", { class: "phase-track", "aria-hidden": "true" }, bar);
     if (bound > 0 && begin + bound <= total * 1.0001) {
-      const tick = h("div", { class: "phase-bound", title: `at most ${whole(bound)}` });
+      const tick = h("div", { class: "phase-bound", title: `at most ${boundWords(bound)}` });
       tick.style.left = `calc(${((begin + bound) / total) * 100}% - 1px)`;
       track.append(tick);
     }
     const isOver = bound > 0 && ms > bound * 1.1 + 100;
-    const share = bound > 0 ? `, ${percent(ms / bound)} of ${whole(bound)}` : "";
+    const share = bound > 0 ? `, ${percent(ms / bound)} of ${boundWords(bound)}` : "";
     rows.append(
       h("dt", { text: title }),
       h("dd", { class: "phase-cell" }, track),
@@ -139,9 +139,6 @@ function bars({ phases_ms: took, bounds_ms: bounds }) {
   }
   return rows;
 }
-
-/** A bound, which is mostly a whole number of seconds. */
-const whole = (ms) => (ms % 1000 === 0 && ms < 60_000 ? `${ms / 1000} s` : duration(ms));
 
 function percent(share) {
   if (share < 0.01) return "under 1 %";

@@ -1,7 +1,8 @@
 // What happened in a turn, and when: noted as it comes, and drawn along the time.
 
 import { h, svg } from "./dom.js";
-import { clock, count, duration } from "./format.js";
+import { clock, count, counted, duration, roundAbove } from "./format.js";
+import { ENDS } from "./lastcall.js";
 
 const BIN_MS = 40;
 const BINS_MAX = 240; // with more, two become one
@@ -100,7 +101,7 @@ export class TurnLog {
         return;
       default:
     }
-    if (/^turn\.(completed|failed|cancelled|interrupted)$/.test(event.type)) {
+    if (ENDS.has(event.type)) {
       this.end = { at: now, state: event.type.slice(5), reason: event.reason ?? null };
       this.note("end", this.end);
     }
@@ -273,7 +274,7 @@ export class Timeline {
       const at = Math.min(width - 1, Math.max(1, x(moment.at)));
       parts.push(svg("line", { class: `mark ${moment.kind} ${moment.state ?? ""}`, x1: at, x2: at, y1: BAR_TOP - 6, y2: BAR_TOP + BAR_HEIGHT + 4 }));
     }
-    const step = stepOf(span, width);
+    const step = roundAbove(span / Math.max(2, width / 90));
     for (let at = 0; at <= span + 1; at += step) {
       const place = (at / span) * width;
       const anchor = at === 0 ? "start" : place > width - 24 ? "end" : "middle";
@@ -295,12 +296,6 @@ function spanOf(ms, hasEnded) {
   return span;
 }
 
-function stepOf(span, width) {
-  const wanted = span / Math.max(2, width / 90);
-  const size = 10 ** Math.floor(Math.log10(wanted));
-  return [1, 2, 5, 10].map((it) => it * size).find((it) => it >= wanted);
-}
-
 function shortly(ms) {
   if (ms < 1000) return `${Math.round(ms)} ms`;
   if (ms < 120_000) return `${Number((ms / 1000).toFixed(2))} s`;
@@ -310,10 +305,9 @@ function shortly(ms) {
 function sumOf(log) {
   const spent = duration((log.end?.at ?? Date.now()) - log.startedAt);
   if (log.isRecord) return `${spent}, from the server's record`;
-  const events = `${count(log.received)} ${log.received === 1 ? "event" : "events"}`;
   const cuts = log.moments.filter((it) => it.kind === "cut").length;
-  const words = [`${spent}, ${events}`];
-  if (cuts) words.push(`${cuts} ${cuts === 1 ? "cut" : "cuts"}`);
+  const words = [`${spent}, ${counted(log.received, "event")}`];
+  if (cuts) words.push(counted(cuts, "cut"));
   words.push(log.missing ? `${count(log.missing)} missing` : "none missing");
   return words.join(", ");
 }

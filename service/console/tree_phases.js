@@ -2,7 +2,7 @@
 
 import { set, write } from "./admin.js";
 import { h } from "./dom.js";
-import { duration } from "./format.js";
+import { boundWords, duration } from "./format.js";
 
 const PHASES = [
   { name: "lame_duck", title: "Lame duck", about: "not ready; everything still works" },
@@ -53,12 +53,13 @@ export function phaseRail() {
       const isNow = since !== null && ORDER.indexOf(phase) <= lastOf(name);
       const until = isNow ? now : endOf(entered, index, now);
       const bound = bounds[name] ?? 0;
+      const most = boundWords(bound * 1000);
       step.hidden = name === "lame_duck" && bound === 0 && since === null;
       const state = since === null ? (ORDER.indexOf(phase) > lastOf(name) ? "skipped" : "ahead") : isNow ? "now" : "done";
       set(step, "data-state", state);
       set(step, "aria-current", isNow ? "step" : null);
       const took = since === null ? 0 : Math.max(0, until - since);
-      write(time, since === null ? `up to ${whole(bound)}` : `${duration(took * 1000)} of ${whole(bound)}`);
+      write(time, since === null ? `up to ${most}` : `${duration(took * 1000)} of ${most}`);
       bar.style.transform = `scaleX(${bound > 0 ? Math.min(1, took / bound).toFixed(3) : since === null ? 0 : 1})`;
     });
     return begin;
@@ -66,8 +67,6 @@ export function phaseRail() {
 
   return { element, show };
 }
-
-const whole = (seconds) => (Number.isInteger(seconds) && seconds < 60 ? `${seconds} s` : duration(seconds * 1000));
 
 /** The report counts the closing of the listeners as a part of the interrupting. */
 function beginOf(entered, name) {
