@@ -416,7 +416,10 @@ export class Conversation {
   async #create(sent, follower) {
     if (sent.title === undefined) return;
     const { client } = this.#context;
-    const onWait = (waiting) => follower.log.waits(waiting) ?? this.#say(waits(waiting), "wait");
+    const onWait = (waiting) => {
+      follower.log.waits(waiting);
+      this.#say(waits(waiting), "wait");
+    };
     const named = { id: sent.sessionId, title: sent.title, idempotencyKey: `${sent.key}-session` };
     this.session = await client.createSession({ ...named, signal: this.#work.signal, onWait });
     this.#acts.changed(this.session);

@@ -38,19 +38,18 @@ function toNumber(text) {
   return Number(text);
 }
 
-const matches = (labels, where) => Object.entries(where).every(([name, value]) => labels[name] === value);
-
 /** The sum of a metric's samples with these labels, or null where the scrape has none of them. */
 export function sum(samples, name, where = {}) {
-  const found = (samples.get(name) ?? []).filter(({ labels }) => matches(labels, where));
+  const wanted = Object.entries(where);
+  const found = (samples.get(name) ?? []).filter(({ labels }) => wanted.every(([label, value]) => labels[label] === value));
   return found.length === 0 ? null : found.reduce((total, { value }) => total + value, 0);
 }
 
 /** The sums of a metric's samples by the value of one label. */
-export function sumsBy(samples, name, label, where = {}) {
+export function sumsBy(samples, name, label) {
   const sums = new Map();
   for (const { labels, value } of samples.get(name) ?? []) {
-    if (!matches(labels, where) || labels[label] === undefined) continue;
+    if (labels[label] === undefined) continue;
     sums.set(labels[label], (sums.get(labels[label]) ?? 0) + value);
   }
   return sums;
@@ -59,11 +58,10 @@ export function sumsBy(samples, name, label, where = {}) {
 /** How far a counter has come between two scrapes. After a restart it counts from 0 again. */
 export const increase = (before, now) => (now === null ? null : now < (before ?? 0) ? now : now - (before ?? 0));
 
-/** The cumulated counts of a histogram by upper bound, all its samples with these labels added up. */
-export function buckets(samples, name, where = {}) {
+/** The cumulated counts of a histogram by upper bound, all its samples added up. */
+export function buckets(samples, name) {
   const counts = new Map();
   for (const { labels, value } of samples.get(`${name}_bucket`) ?? []) {
-    if (!matches(labels, where)) continue;
     const bound = toNumber(labels.le);
     counts.set(bound, (counts.get(bound) ?? 0) + value);
   }

@@ -81,10 +81,6 @@ export class SessionList {
     }
   }
 
-  session(id) {
-    return this.#rows.get(id)?.session;
-  }
-
   /** Shows a conversation as it is now; one that is not there comes first. */
   put(session) {
     if (this.#query && !this.#rows.has(session.id)) return;

@@ -330,11 +330,10 @@ export function mount(root, context) {
 
   /** Where a stream stands in its turn's events: its cursor, and how far it is behind. */
   function cursorWords({ seq, turn }) {
-    const behind = (turnOf(turn)?.data.seq ?? seq) - seq;
+    const behind = (turns.get(turn)?.data.seq ?? seq) - seq;
     return behind > 0 ? `cursor ${count(seq)}, ${count(behind)} behind` : `cursor ${count(seq)}`;
   }
 
-  const turnOf = (id) => turns.get(id);
   const turns = {
     get(id) {
       const node = id === undefined ? undefined : model.nodes.get(this.ids.get(id));

@@ -6,7 +6,6 @@ import { isPlumbing, kindOf } from "./tree_kinds.js";
 const LEVEL = 9;
 const GAP = 1;
 const LEVELS_MAX = 16;
-const NEW_MS = 900; // so long a box that has just come is brighter
 const TONES = {
   ink: "--ink",
   soft: "--ink-soft",
@@ -64,7 +63,7 @@ export function treeCanopy(canvas, { model, onChoose, onPoint, signal }) {
 
   // Plumbing is left out of the picture: a chain of it would push what matters off the edge.
 
-  /** Draws the tree. `seen` is the part of the rows that can be seen, `active` the id of the active row. */
+  /** Draws the tree. `active` is the id of the active row; `isBright` says whether a node has just come. */
   function draw({ active, isBright }) {
     if (colours === null) readColours();
     const all = Math.max(1, layOut());
@@ -126,5 +125,5 @@ export function treeCanopy(canvas, { model, onChoose, onPoint, signal }) {
   themes.observe(document.documentElement, { attributeFilter: ["data-theme"] });
   signal.addEventListener("abort", () => themes.disconnect());
 
-  return { draw, newFor: NEW_MS };
+  return { draw };
 }

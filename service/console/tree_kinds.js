@@ -50,5 +50,4 @@ export const deadlineWords = (name) => DEADLINES[name] ?? (name ? name.replaceAl
 const ID = /\b(sess|turn|msg|resp|conv)_([0-9a-f]{8})[0-9a-f]{24}\b/g;
 
 /** A name with its ids cut to what a person can tell apart: `turn 77ab12cd`. */
-export const shortName = (name) =>
-  name.replace(/^(session|turn) (?=(sess|turn|resp|conv)_)/, "$1 ").replace(ID, (_, __, start) => start);
+export const shortName = (name) => name.replace(ID, (_, __, start) => start);

@@ -46,23 +46,22 @@ export function phaseRail() {
     element.hidden = !shutdown || shutdown.phase === "serving";
     if (element.hidden) return;
     const { phase, reason, entered, bounds_s: bounds } = shutdown;
-    const begin = beginOf(entered, "lame_duck") ?? beginOf(entered, "draining");
     write(title, `Shutting down${reason ? `, by ${reason}` : ""}: ${phaseWords(phase)}`);
     steps.forEach(({ name, step, time, bar }, index) => {
       const since = beginOf(entered, name);
-      const isNow = since !== null && ORDER.indexOf(phase) <= lastOf(name);
+      const isPast = ORDER.indexOf(phase) > ORDER.indexOf(name);
+      const isNow = since !== null && !isPast;
       const until = isNow ? now : endOf(entered, index, now);
       const bound = bounds[name] ?? 0;
       const most = boundWords(bound * 1000);
       step.hidden = name === "lame_duck" && bound === 0 && since === null;
-      const state = since === null ? (ORDER.indexOf(phase) > lastOf(name) ? "skipped" : "ahead") : isNow ? "now" : "done";
+      const state = since === null ? (isPast ? "skipped" : "ahead") : isNow ? "now" : "done";
       set(step, "data-state", state);
       set(step, "aria-current", isNow ? "step" : null);
       const took = since === null ? 0 : Math.max(0, until - since);
       write(time, since === null ? `up to ${most}` : `${duration(took * 1000)} of ${most}`);
       bar.style.transform = `scaleX(${bound > 0 ? Math.min(1, took / bound).toFixed(3) : since === null ? 0 : 1})`;
     });
-    return begin;
   }
 
   return { element, show };
@@ -80,9 +79,4 @@ function endOf(entered, index, now) {
     if (at !== null) return at;
   }
   return entered.released ?? now;
-}
-
-/** The last phase of the service that a step stands for, by its place in the order. */
-function lastOf(name) {
-  return ORDER.indexOf(name);
 }

@@ -333,15 +333,8 @@ export function treeRows({ scroller, model, describe, onActive, onChange, isStil
     replace,
     tick,
     show,
-    paint,
-    activate,
     get active() {
       return active;
-    },
-    /** The rows that can be seen, as shares of all rows. */
-    seen() {
-      const all = Math.max(1, rows.length * height);
-      return [scroller.scrollTop / all, Math.min(1, (scroller.scrollTop + scroller.clientHeight) / all)];
     },
     words: () => `${count(rows.length)} rows`,
   };

@@ -9,7 +9,7 @@ import { ended } from "./words.js";
 const LONG_INPUT = 1600;
 const LONG_TEXT = 60_000; // from here on the browser lays out only what can be seen
 
-/** A turn. `acts` are what its buttons do: `retry`, `edit`, `fork`, `step(-1 | 1)`, `stop`, `cut`, `shown`. */
+/** A turn. `acts` are what its buttons do: `retry`, `edit`, `fork`, `step(view, -1 | 1)`, `shown`; `wantsTimeline`, `reasoning`. */
 export class TurnView {
   element;
   turn = null; // its record, as the server has last told it
@@ -141,12 +141,6 @@ export class TurnView {
     this.#timeline?.touch();
   }
 
-  /** The turn was not accepted. */
-  fail(words) {
-    this.element.dataset.state = "refused";
-    this.#sayEnd(words);
-  }
-
   close() {
     this.#follower?.leave();
     this.#timeline?.close();
@@ -228,23 +222,22 @@ export class TurnView {
   }
 
   #reason(text) {
-    if (!this.#reasoning) {
-      const body = h("div", { class: "markdown" });
-      const element = h("details", { class: "folded" }, h("summary", { text: "Reasoning" }), body);
-      this.#parts.prepend(element);
-      this.#reasoning = { element, markdown: new Markdown(body, this.#acts.shown) };
-    }
+    if (!this.#reasoning) this.#foldReasoning("Reasoning");
     this.#reasoning.markdown.append(text);
   }
 
   /** The record does not have the reasoning: its events do, if somebody wants to read it. */
   #offerReasoning(turn) {
+    this.#foldReasoning(`Reasoning, ${counted(turn.usage.reasoning_tokens, "token")}`);
+    const { element } = this.#reasoning;
+    element.addEventListener("toggle", () => this.#acts.reasoning(turn, this.#reasoning.markdown), { once: true });
+  }
+
+  #foldReasoning(title) {
     const body = h("div", { class: "markdown" });
-    const words = `Reasoning, ${counted(turn.usage.reasoning_tokens, "token")}`;
-    const element = h("details", { class: "folded" }, h("summary", { text: words }), body);
+    const element = h("details", { class: "folded" }, h("summary", { text: title }), body);
     this.#parts.prepend(element);
     this.#reasoning = { element, markdown: new Markdown(body, this.#acts.shown) };
-    element.addEventListener("toggle", () => this.#acts.reasoning(turn, this.#reasoning.markdown), { once: true });
   }
 
   #call(item, name, id) {
@@ -264,7 +257,6 @@ export class TurnView {
     if (this.hasEnded && told.usage) {
       const { output_tokens: tokens } = told.usage;
       const spent = this.#spent(told);
-      this.#end.dataset.usage = "";
       const usage = h("span", { class: "usage", text: `${counted(tokens, "token")}${spent}` });
       this.#end.append(words ? " " : "", usage);
       this.#end.hidden = false;
