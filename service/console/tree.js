@@ -3,6 +3,7 @@
 import { drainButton, eventsOf, mayPass, pause, refusal, set, whenShown, write } from "./admin.js";
 import { button, h, icon } from "./dom.js";
 import { clock as timeOfDay, count, counted, duration } from "./format.js";
+import { copy } from "./markdown.js";
 import { treeCanopy } from "./tree_canopy.js";
 import { COUNTED, deadlineWords, isPlumbing, kindOf, shortName } from "./tree_kinds.js";
 import { TreeModel } from "./tree_model.js";
@@ -464,7 +465,7 @@ export function mount(root, context) {
   const owners = h("ol", { class: "detail-owners", "aria-label": "Owned by, from the outside in" });
   const fields = h("dl", { class: "detail-fields" });
   const follow = h("button", { type: "button", class: "button small primary", on: { click: () => chosen && followNode(chosen) } }, "Follow");
-  const copyId = button({ text: "Copy its id", icon: "copy", kind: "small", press: copy });
+  const copyId = button({ text: "Copy its id", icon: "copy", kind: "small", press: (event) => copy(idOf(chosen), event.currentTarget) });
   details.append(
     h("div", { class: "detail-head" }, h("div", {}, detailKind, detailHead), button({ label: "Close the details", icon: "close", kind: "bare small", press: close })),
     detailEnd,
@@ -527,11 +528,6 @@ export function mount(root, context) {
   }
 
   const idOf = (node) => node.data.turn ?? node.data.session ?? null;
-
-  async function copy() {
-    await navigator.clipboard.writeText(idOf(chosen));
-    context.toast("Copied.");
-  }
 
   function followNode(node) {
     const isSame = followed !== null && findFollowed()?.id === node.id;
