@@ -24,6 +24,8 @@ from service.storage.records import (
     EndResult,
     Item,
     OnInterrupt,
+    OpenTurn,
+    Owner,
     SessionPatch,
     SessionRecord,
     SessionStatus,
@@ -163,6 +165,20 @@ NOBODY = 0
 def others_of(owner: int | None, *, besides: int) -> int | None:
     """The fence of another owner of a session's open turns; None if they are this one's, or nobody's."""
     return None if owner in (None, NOBODY, besides) else owner
+
+
+def open_turn_of(owner: int, owner_of_session: int, fence: int | None, address: str | None, *, me: int) -> OpenTurn:
+    """Where an open turn is, as ``me`` sees it.
+
+    Args:
+        owner: Whose the turn is, or :data:`NOBODY`.
+        owner_of_session: Whose the open turns of its session are, or :data:`NOBODY`.
+        fence: That owner, if the store knows it; None otherwise.
+        address: The owner's address.
+    """
+    if fence is not None and fence != me:
+        return OpenTurn(owner=Owner(fence=fence, address=address))
+    return OpenTurn(is_suspended=owner == NOBODY and owner_of_session in (NOBODY, me))
 
 
 def check_head(session: SessionRecord, head: str | None | msgspec.UnsetType) -> None:

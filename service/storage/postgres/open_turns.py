@@ -5,9 +5,9 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
+from service.storage import rules
 from service.storage.postgres.connections import Db
-from service.storage.records import OpenTurn, Owner
-from service.storage.rules import NOBODY
+from service.storage.records import OpenTurn
 
 _ASKED_MAX = 256
 """The most turns that one statement looks for."""
@@ -51,14 +51,8 @@ class OpenTurns:
                 while len(some) < _ASKED_MAX:
                     some[self._asked.popitem()[0]] = None
             rows = db.execute(_FIND, (list({it.turn_id for it in some}),)).fetchall()
-            open_turns = {(row[0], row[1]): _open_turn(*row[2:], me=me) for row in rows}
+            open_turns = {(row[0], row[1]): rules.open_turn_of(*row[2:], me=me) for row in rows}
             for it in some:
                 it.answer = open_turns.get((it.session_id, it.turn_id))
                 it.is_answered = True
         return asked.answer
-
-
-def _open_turn(owner: int, owner_of_session: int, fence: int | None, address: str | None, *, me: int) -> OpenTurn:
-    if fence is not None and fence != me:
-        return OpenTurn(owner=Owner(fence=fence, address=address))
-    return OpenTurn(is_suspended=owner == NOBODY and owner_of_session in (NOBODY, me))

@@ -10,8 +10,8 @@ from secrets import token_bytes
 
 import apsw
 
+from service.storage import rules
 from service.storage.records import OpenTurn, Owner
-from service.storage.rules import NOBODY
 from service.storage.sqlite.ofd_locks import OfdLocks
 
 SECRET_BYTES = 32
@@ -93,12 +93,7 @@ def find_open_turn(db: apsw.Connection, session_id: str, turn_id: str, *, me: in
         "WHERE turns.id = ? AND sessions.id = ? AND turns.owner IS NOT NULL AND deletion = 0",
         (turn_id, session_id),
     ).fetchone()
-    if row is None:
-        return None
-    owner, owner_of_session, fence, address = row
-    if fence is not None and fence != me:
-        return OpenTurn(owner=Owner(fence=fence, address=address))
-    return OpenTurn(is_suspended=owner == NOBODY and owner_of_session in (NOBODY, me))
+    return None if row is None else rules.open_turn_of(*row, me=me)
 
 
 def owner_of(db: apsw.Connection, fence: int) -> Owner:
