@@ -237,9 +237,9 @@ class Observer:
 
 def refuse_if_alive(db: Db, fence: int, session_id: str) -> None:
     """Raises: OwnedElsewhereError, if the owner of this session's open turns lives."""
-    row = db.execute("SELECT address FROM {s}.owners WHERE fence = %s AND NOT dead", (fence,)).fetchone()
-    if row is not None:
-        raise OwnedElsewhereError(session_id, fence=fence, address=row[0])
+    owner = living(db, [fence]).get(fence)
+    if owner is not None:
+        raise OwnedElsewhereError(session_id, fence=fence, address=owner.address)
 
 
 def living(db: Db, fences: Collection[int]) -> dict[int, Owner]:
