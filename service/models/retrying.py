@@ -135,7 +135,7 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
             result = "ok"
             return stream
         except ModelError as error:
-            result = error.code
+            result = self._failed_with = error.code
             raise
         finally:
             self._metrics.add(families.UPSTREAM_CALLS, self._client.name, result)
@@ -146,14 +146,12 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
             stream = await entered.__aenter__()
         except ModelError as error:
             error.usage = self._spent = total_usage(self._spent, error.usage)
-            self._failed_with = error.code
             raise
         try:
             first = await stream.receive()
         except BaseException as error:
             if isinstance(error, ModelError):
                 error.usage = self._spent = total_usage(self._spent, stream.usage)
-                self._failed_with = error.code
             await entered.__aexit__(type(error), error, error.__traceback__)  # noqa: ASYNC102  bounded inside
             raise
         self._entered = entered
