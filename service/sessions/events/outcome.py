@@ -77,6 +77,11 @@ def outcome_of(turn: TurnRecord) -> Outcome | None:
     return Cancelled(reason) if turn.state == "cancelled" and reason is not None else None
 
 
+def name_of(end: Outcome | Suspended) -> str:
+    """What metrics and traces call an end: the state of the turn after it, or ``suspended``."""
+    return type(end).__name__.lower()
+
+
 def code_of(end: Outcome | Suspended | None) -> str | None:
     """Why a turn has ended so: the finish reason, the failure's code, or the reason of another end."""
     match end:

@@ -550,7 +550,6 @@ class Turn:
         counts = {"attempts": self.attempts, "events": self.log.last_seq, "text_length": self.text_length}
         trace.end(
             None if self.is_suspended else self.end,
-            code=None if self.is_suspended else outcome.code_of(self.end),
             counts=counts | ({"calls": self.calls} if self.calls else {}),
             queued_until=self.started_at if self.was_queued else None,
             first_token_at=self.first_token_at,

@@ -6,7 +6,6 @@ import trio
 
 from service.models.client import Usage
 from service.sessions.events import outcome
-from service.storage.records import Failure
 from service.telemetry.metrics import families
 from service.telemetry.metrics.metrics import Metrics
 
@@ -56,12 +55,11 @@ class TurnMeter:
         """
         if not self.is_accepted:
             return
-        name, reason = _named(end)
         metrics = self._metrics
         metrics.add_gaps()
         count_tokens(metrics, self._upstream, model, usage)
-        metrics.add(families.TURNS, name, reason)
-        metrics.observe(families.TURN_DURATION, name, value=trio.current_time() - self._accepted_at)
+        metrics.add(families.TURNS, *_labels_of(end))
+        metrics.observe(families.TURN_DURATION, outcome.name_of(end), value=trio.current_time() - self._accepted_at)
         if crashed:
             metrics.add(families.TURNS_CRASHED)
         if not is_kept:
@@ -73,7 +71,7 @@ class TurnMeter:
             return
         self._metrics.add_gaps()
         if isinstance(end, outcome.Suspended):
-            self._metrics.add(families.TURNS, "suspended", "")
+            self._metrics.add(families.TURNS, *_labels_of(end))
         else:
             self._metrics.add(families.TURNS_UNTOLD)
 
@@ -81,7 +79,7 @@ class TurnMeter:
 def count_recovered(metrics: Metrics, turns: int) -> None:
     """Count turns of processes that have died, which this one has ended."""
     if turns:
-        metrics.add(families.TURNS, *_named(outcome.Interrupted("crash")), by=turns)
+        metrics.add(families.TURNS, *_labels_of(outcome.Interrupted("crash")), by=turns)
 
 
 def count_tokens(metrics: Metrics, upstream: str, model: str, usage: Usage | None) -> None:
@@ -92,13 +90,5 @@ def count_tokens(metrics: Metrics, upstream: str, model: str, usage: Usage | Non
         metrics.add(families.OUTPUT_TOKENS, *labels, by=usage.output_tokens)
 
 
-def _named(end: outcome.Outcome) -> tuple[str, str]:
-    match end:
-        case outcome.Completed(finish_reason):
-            return "completed", finish_reason
-        case outcome.Failed(Failure(code)):
-            return "failed", code
-        case outcome.Cancelled(reason):
-            return "cancelled", reason
-        case outcome.Interrupted(reason):
-            return "interrupted", reason
+def _labels_of(end: outcome.Outcome | outcome.Suspended) -> tuple[str, str]:
+    return outcome.name_of(end), outcome.code_of(end) or ""

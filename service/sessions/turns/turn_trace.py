@@ -97,7 +97,6 @@ class TurnTrace:
         self,
         end: outcome.Outcome | outcome.Suspended | None,
         *,
-        code: str | None,
         counts: Mapping[str, int],
         queued_until: float | None,
         first_token_at: float | None,
@@ -105,16 +104,14 @@ class TurnTrace:
         """End the turn's span.
 
         Args:
-            end: How the turn ended; None, and :class:`~outcome.Suspended`, if it goes on elsewhere.
-            code: Why.
+            end: How the turn ended; None if it goes on elsewhere.
             counts: Numbers that say how much it was, by name.
             queued_until: When it began to run, if it was queued before.
             first_token_at: When the model's first events came.
         """
         span = self._span
-        is_told = end is not None and not isinstance(end, outcome.Suspended)
-        name = type(end).__name__.lower() if is_told else "suspended"
-        span.note({"lastcall.turn.outcome": name, "lastcall.turn.code": code})
+        name = "suspended" if end is None else outcome.name_of(end)
+        span.note({"lastcall.turn.outcome": name, "lastcall.turn.code": outcome.code_of(end)})
         span.note({f"lastcall.turn.{name}": count for name, count in counts.items()})
         if queued_until is not None:
             span.note_event("turn.started", at=queued_until)
