@@ -13,6 +13,7 @@ from quart_trio.wrappers.request import TrioBody, TrioRequest
 from service.api.http.held_bytes import HeldBytesLimitError, RequestBytes, bytes_of
 from service.api.http.long_body import parse_in_steps
 from service.api.http.strict_json import (
+    STRUCTURE_MAX,
     InputTooLargeError,
     check_structure,
     convert,
@@ -29,7 +30,7 @@ from service.supervisor import Service
 B = TypeVar("B", bound=RequestBody)
 
 _LONG_BYTES = 64 * 1024
-"""A shorter body is parsed in one step of the event loop."""
+"""A longer body is parsed in steps; another one in one step of the event loop, but for a history's items."""
 _HISTORY_STRUCTURE_MAX = 200_000
 """Bound on the brackets, commas and colons of a body with a history, outside of its texts: fifty for each item, and so
 on its memory."""
@@ -212,12 +213,11 @@ async def read_body(request: Request, kind: type[B], service: Service) -> B:
 
 
 async def _parse(raw: bytes, kind: type[B], service: Service) -> B:
-    if kind.history:
-        return await in_steps(history_parsed(raw, kind, text_bytes_max=service.settings.input_bytes_max))
+    text_bytes_max = service.settings.input_bytes_max
+    if kind.history or len(raw) > _LONG_BYTES:
+        return await in_steps(parsed_in_steps(raw, kind, text_bytes_max=text_bytes_max))
     check_structure(raw)
-    if len(raw) > _LONG_BYTES:
-        await trio.lowlevel.checkpoint()  # the check and the parsing each take some milliseconds for the longest body
-    return parse_body(raw, kind, text_bytes_max=service.settings.input_bytes_max)
+    return parse_body(raw, kind, text_bytes_max=text_bytes_max)
 
 
 def kept_body(request: Request) -> bytes:
@@ -233,18 +233,19 @@ def drop_body(request: Request) -> None:
 
 
 def parse_body(raw: bytes, kind: type[B], *, text_bytes_max: int) -> B:
-    """Parse and check a body, as the last part of :func:`read_body`, in one step of the event loop."""
+    """Parse and check a short body, as the last part of :func:`read_body`, in one step of the event loop."""
     return at_once(_checked(parse_json(raw), kind, text_bytes_max=text_bytes_max))
 
 
-def history_parsed(raw: bytes, kind: type[B], *, text_bytes_max: int) -> Steps[B]:
-    """Parse and check a body that may bring a whole conversation, in steps.
+def parsed_in_steps(raw: bytes, kind: type[B], *, text_bytes_max: int) -> Steps[B]:
+    """Parse and check a body that is long, or that may bring a whole conversation, in steps.
 
     Args:
         text_bytes_max: Bound on all texts but those of the conversation, which only the size of the body bounds.
     """
     if len(raw) > _LONG_BYTES:
-        told = yield from parse_in_steps(raw, structure_max=_HISTORY_STRUCTURE_MAX)
+        structure_max = _HISTORY_STRUCTURE_MAX if kind.history else STRUCTURE_MAX
+        told = yield from parse_in_steps(raw, structure_max=structure_max)
     else:
         check_structure(raw)
         told = parse_json(raw)
