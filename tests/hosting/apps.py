@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import trio
 from quart_trio import QuartTrio
 
+from service.clock import wall_clock
 from service.errors import StartupError
 from service.hosting import lifespan
 from service.hosting.application import create_hosted_app
 from service.hosting.hypercorn.worker import find_worker
+from service.sessions import sessions
 from service.settings import Settings, load_settings
 from service.stop_state import Phase
 from service.supervisor import Service, open_service
@@ -284,6 +287,21 @@ async def under_a_server_that_stops(*args: Any, **options: Any) -> AsyncIterator
             await worker.context.terminated.set()
 
         nursery.start_soon(stop)
+        yield service
+
+
+@asynccontextmanager
+async def an_hour_later(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """The wall clock is an hour ahead of that of other processes."""
+    async with open_service(*args, **options | {"clock": lambda: wall_clock() + timedelta(hours=1)}) as service:
+        yield service
+
+
+@asynccontextmanager
+async def where_no_client_has_time_to_come_back(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    """A turn of an earlier process waits for its client only for a moment."""
+    setattr(sessions, "CLIENT_RETURNS_S", 0.2)  # noqa: B010
+    async with open_service(*args, **options) as service:
         yield service
 
 

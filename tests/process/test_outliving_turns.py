@@ -16,6 +16,7 @@ import httpx
 import pytest
 import trio
 
+from tests.hosting.hosts import command
 from tests.postgres_server import PostgresServer
 from tests.process.clients import new_session, open_client, owner_of, start
 from tests.process.lastcall import (
@@ -158,6 +159,68 @@ async def test_over_a_restart_a_turn_goes_on_as_it_was_asked_to(tmp_path: Path) 
     ]
     for name in ("continue", "retry"):
         assert clients[name].seqs == list(range(len(clients[name].seqs))), "an orderly stop leaves no gap"
+
+
+async def test_a_long_gap_between_two_processes_does_not_count_against_the_clients_of_turns(tmp_path: Path) -> None:
+    """Both turns are cancelled without clients, and their clients are cut off by the stop. One client comes back.
+
+    The next process is there an hour after the stop, by its clock, and serves for longer than a turn waits that needs
+    no client. The process after it waits for clients only for a moment.
+    """
+    settings: dict[str, Any] = {
+        "store_url": f"sqlite:{tmp_path}/lastcall.db",
+        "model_url": f"scripted:?tokens={TOKENS}&rate=200&first_token_s=0",
+        "drain_timeout_s": 0,
+        "turn_timeout_s": 7200,
+    }
+    slow = settings | {"model_url": f"scripted:?tokens={TOKENS}&rate=2&first_token_s=0"}
+    comes_back, stays_away = (
+        Resuming(asks={"message": "go", "session_id": name, "on_interrupt": "continue"}) for name in ("back", "away")
+    )
+    async with (
+        open_lastcall(SERVE, tmp_path, **slow) as server,
+        open_client(server) as [client],
+        trio.open_nursery() as nursery,
+    ):
+        for it in (comes_back, stays_away):
+            nursery.start_soon(partial(it.follow, client, again=False))
+        for it in (comes_back, stays_away):
+            await it.begun.wait()
+        runs_on = await start(client, await new_session(client, "stays"), on_interrupt="continue")
+        server.signal_main(signal.SIGTERM)
+        await wait_gone(server)
+    assert [report["turns_suspended"] for report in reports(server)] == [3]
+    assert (comes_back.moves, stays_away.moves) == (1, 1)
+
+    argv = command(str(SERVE), broken="an_hour_later")
+    (tmp_path / "later").mkdir()
+    async with (
+        open_lastcall(SERVE, tmp_path / "later", argv=argv, **settings) as server,
+        open_client(server) as [client],
+    ):
+        await server.wait_logged(f'"turn adopted: .*{runs_on.rpartition("/")[2]}')
+        assert "disconnected" not in server.log()
+        await comes_back.follow(client)
+        server.signal_main(signal.SIGTERM)
+        await wait_gone(server)
+    assert (comes_back.text, comes_back.modes) == (whole(TOKENS), ["continue"])
+    assert [end["type"] for end in comes_back.ends] == ["turn.completed"]
+    assert comes_back.seqs == list(range(len(comes_back.seqs)))
+
+    argv = command(str(SERVE), broken="where_no_client_has_time_to_come_back")
+    (tmp_path / "last").mkdir()
+    async with (
+        open_lastcall(SERVE, tmp_path / "last", argv=argv, **settings) as server,
+        open_client(server) as [client],
+    ):
+        await server.wait_logged('"turn ended".*"disconnected"')
+        before = stays_away.text
+        await stays_away.follow(client)
+        again = Resuming(comes_back.path)
+        await again.follow(client)
+    assert stays_away.text == before
+    assert [(end["type"], end["reason"]) for end in stays_away.ends] == [("turn.cancelled", "disconnected")]
+    assert [end["type"] for end in again.ends] == ["turn.completed"]
 
 
 async def test_a_turn_of_a_replica_that_stops_goes_on_in_the_other_one(
