@@ -485,9 +485,10 @@ class SuspendedTurn(msgspec.Struct, frozen=True, kw_only=True):
     """An open turn that its owner gives up, so that another owner may run it.
 
     Attributes:
-        turn: The whole record, queued or running, with the output so far. ``last_seq`` is the seq of the last event
-            that was sent, 0 if there was none.
-        runs: All events of the turn; the texts of their pieces are those of ``turn.output``.
+        turn: The whole record, queued or running, with the output so far; without an output the next attempt begins
+            anew. ``last_seq`` is the seq of the last event that was sent, 0 if there was none.
+        runs: All events of the turn, or those before an output that is left out; the texts of their pieces are those
+            of ``turn.output``.
         after: The seq of the last event of the last checkpoint that was acknowledged.
     """
 

@@ -422,10 +422,15 @@ def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> Adopte
         event = Resumed(seq, attempt, "continue", text_length(output))
     else:
         # Without a checkpoint before a crash there are no events: how the turn started is known all the same.
-        kept, output = [run for run in runs if run.item in (QUEUED, STARTED)] or [Run(STARTED)], ()
+        kept, output = list(without_reply(runs)), ()
         event = Resumed(seq, attempt, "retry")
     adopted = msgspec.structs.replace(turn, attempt=attempt, last_seq=seq, output=output)
     return AdoptedTurn(turn=adopted, runs=(*kept, resumed_run(event)))
+
+
+def without_reply(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """The events of a turn that has started, without those of its reply."""
+    return tuple(run for run in runs if run.item in (QUEUED, STARTED)) or (Run(STARTED),)
 
 
 def as_adopted(

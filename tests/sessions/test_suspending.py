@@ -18,6 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.errors import (
     InvalidRequestError,
+    ModelError,
     SessionNotFoundError,
     ShuttingDownError,
     StoreError,
@@ -25,6 +26,7 @@ from service.errors import (
     TurnMovedError,
 )
 from service.models.client import ModelClient, Usage
+from service.models.scripted import open_scripted
 from service.sessions.commands import NewSession, NewTurn, OnConflict
 from service.sessions.events.events import (
     Event,
@@ -36,12 +38,13 @@ from service.sessions.events.events import (
     TurnReasoning,
     TurnResumed,
 )
-from service.sessions.sessions import ADOPTION_PAUSE_S
+from service.sessions.sessions import ADOPTION_PAUSE_S, open_sessions
 from service.sessions.turns.turn import CLIENT_RETURNS_S, RETURN_S, Turn
 from service.sessions.turns.turn_task import UNTOLD_MAX_S
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
-from service.stop_state import Phase
+from service.settings import Settings
+from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
 from service.storage.pieces import Run
 from service.storage.records import Adoption, EndResult, OpenTurn, SessionPatch, SuspendedTurn, TurnRecord
@@ -50,7 +53,7 @@ from service.storage.sqlite import open_sqlite_store
 from service.telemetry.metrics import families
 from service.telemetry.metrics.families import Family
 from service.telemetry.metrics.metrics import Metrics
-from tests.sessions.puppet import Reply, Stage, kinds, open_stage, read_all
+from tests.sessions.puppet import Reply, Stage, TestClock, kinds, open_stage, read_all
 from tests.storage.rows import suspended_in
 from tests.storage.test_store_owners import take_for_dead
 
@@ -274,6 +277,103 @@ async def test_a_reply_with_a_call_before_its_text_is_not_continued_and_each_cal
         assert kinds(told)[:2] == ["turn.started", "turn.resumed"]
         record = await other.sessions.get_turn("s", turn.id)
         assert [(item.call_id, item.text) for item in record.output] == [("call_2", '{"b": 2}')]
+
+
+REFUSALS = (
+    ModelError("upstream_rejected", "The model server refused the request (HTTP 400)."),
+    ModelError("parameter_refused", "The model server does not take it.", parameter="continue_final_message"),
+)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda it: it.code)
+@pytest.mark.parametrize("at", ["the head", "the first event"])
+async def test_a_reply_that_the_model_server_refuses_to_go_on_with_begins_anew(
+    autojump_clock: MockClock, refusal: ModelError, at: str
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        log, watch = await other.sessions.open_events("s", turn_id)
+        other.puppet.refuse = refusal if at == "the head" else None
+        if at == "the first event":
+            (await other.puppet.next_reply()).fail(refusal)
+        with capture_logs() as lines:
+            told = await read_all(log)
+        watch.release()
+        assert kinds(told) == ["turn.started", "turn.delta", "turn.delta", "turn.resumed"]
+        assert (log.is_moved, other.puppet.open_replies) == (True, 0)
+        assert [line["code"] for line in lines if "begins anew" in line["event"]] == [refusal.code]
+
+        other.puppet.refuse = None
+        again: list[Event] = []
+
+        async def come_back() -> None:
+            again.extend(await events_of(other, turn_id, after=told[-1].seq))
+
+        nursery.start_soon(come_back)
+        reply = await other.puppet.next_reply()
+        assert reply.request.prefix == ""
+        reply.say("Bye")
+        reply.finish()
+        with trio.fail_after(10):
+            record = await other.sessions.wait_turn("s", turn_id)
+        assert (record.state, record.text, record.attempt) == ("completed", "Bye", 3)
+    assert again[0] == TurnResumed(seq=5, attempt=3, mode="retry", text_length=0)
+    assert text_told(again, "Hello") == "Bye"
+    assert kinds(again) == ["turn.resumed", "turn.delta", "turn.completed"]
+
+
+async def test_a_scripted_model_that_would_have_begun_otherwise_begins_anew_and_the_turn_ends_once(
+    autojump_clock: MockClock,
+) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    stop = StopState()
+    async with (
+        open_scripted("scripted:?text=Quite another text.&first_token_s=0&rate=0") as model,
+        open_sessions(
+            store=store, client_for=lambda _: model, clock=TestClock(), settings=Settings(), stop=stop
+        ) as sessions,
+    ):
+        with trio.fail_after(100):
+            assert (await sessions.wait_turn("s", turn_id)).is_open  # the caller asks again
+            record = await sessions.wait_turn("s", turn_id)
+        log, watch = await sessions.open_events("s", turn_id)
+        with watch:
+            told = await read_all(log)
+    assert (record.state, record.text, record.attempt) == ("completed", "Quite another text.", 3)
+    assert [kind for kind in kinds(told) if kind != "turn.delta"] == ["turn.started", "turn.resumed", "turn.completed"]
+    assert text_told(told) == record.text
+
+
+async def test_a_reply_that_goes_on_and_then_fails_does_not_begin_anew(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        log, watch = await other.sessions.open_events("s", turn_id)
+        reply = await other.puppet.next_reply()
+        reply.say(" there")
+        await wait_all_tasks_blocked()
+        reply.fail(REFUSALS[0])
+        told = await read_all(log)
+        watch.release()
+    assert isinstance(told[-1], TurnFailed)
+    assert (told[-1].error.code, text_told(told)) == ("upstream_rejected", "Hello there")
+
+
+async def test_a_refusal_of_the_last_attempt_fails_the_turn(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    for _ in range(HANDED_OVER_ATTEMPTS_MAX - 2):
+        async with open_next(store) as other:
+            await sweep(other)
+            await other.puppet.next_reply()
+            await suspend(other)
+    async with open_next(store) as other:
+        other.puppet.refuse = REFUSALS[0]
+        told = await events_of(other, turn_id)
+    assert isinstance(told[-1], TurnFailed)
+    assert (told[-1].error.code, text_told(told)) == ("upstream_rejected", "Hello")
 
 
 async def test_reasoning_before_the_text_stays_and_new_reasoning_is_an_item_of_its_own(

@@ -326,6 +326,27 @@ async def test_a_turn_that_begins_anew_has_only_its_beginning(
     assert (await store.get_turn("s", "t", now=at(6))).text == "Anew"
 
 
+async def test_a_turn_that_is_suspended_without_its_reply_begins_anew_above_all_that_it_has_said(store: Store) -> None:
+    turn = a_lasting_turn()
+    await begin(store, turn)
+    await store.suspend_turns([so_far(turn, "Hel", "lo")], now=T0)
+    (going_on,) = await adopt(store)
+    assert (going_on.turn.text, going_on.turn.last_seq) == ("Hello", 4)
+    without = SuspendedTurn(turn=msgspec.structs.replace(going_on.turn, output=()), runs=BEGINNING)
+    for _ in range(2):  # the outcome of the first call may be unknown
+        assert list(await store.suspend_turns([without], now=at(1))) == []
+        assert await store.get_turn("s", "t", now=at(1)) == without.turn
+    (anew,) = await adopt(store)
+    resumption = resumed_run(Resumed(5, 3, "retry", 0))
+    assert (anew.turn.output, anew.turn.last_seq, anew.runs) == ((), 5, (*BEGINNING, resumption))
+    end = ended(anew.turn, text="Anew")
+    assert await store.end_turn(end, runs=(*anew.runs, *said("Anew")), now=at(6), after=5) is EndResult.KEPT
+    assert await told(store, "s", "t") == ["Anew"]
+    for after in (1, 2, 3, 4):  # a client that has seen a part of the first attempt
+        assert (await store.read_events("s", "t", after=after)).runs == (resumption, *said("Anew"))
+    assert (await store.get_turn("s", "t", now=at(6))).text == "Anew"
+
+
 MESSAGE = Item(id="m", role="assistant", text="Hi")
 REASONING = Item(id="r", type="reasoning", role="assistant", text="hm", encrypted="x", upstream="{}")
 CALLED = Item(id="c", type="function_call", role="assistant", text='{"a"', call_id="1", name="f")

@@ -46,7 +46,7 @@ from service.storage.records import (
     TurnRecord,
     TurnState,
 )
-from service.storage.rules import is_handed_over
+from service.storage.rules import is_handed_over, without_reply
 from service.telemetry.metrics.metrics import Metrics
 
 RETURN_S = 5.0
@@ -75,6 +75,9 @@ class Turn:
     """The turn's span; None without traces. The end of the turn ends it."""
     error_for_log: str | None = None
     """Why the turn failed, without words of the model's server; None if it has not, or in the words of its end."""
+
+    _drops_reply = False
+    """Whether it is suspended without its reply."""
 
     def __init__(
         self,
@@ -266,6 +269,14 @@ class Turn:
         if decided:
             self.deadlines.stop()
         return decided
+
+    def begin_anew(self) -> bool:
+        """Decide that the turn is suspended without its reply, so that its next attempt begins anew. Returns False, and
+        decides nothing, if the turn has no attempt left."""
+        if not is_handed_over(self._record):
+            return False
+        self._drops_reply = self.decide(outcome.Suspended())
+        return True
 
     # Watches
 
@@ -469,9 +480,10 @@ class Turn:
         Args:
             texts: The texts of the reply, if the caller has them.
         """
-        record = msgspec.structs.replace(
-            self._record, output=self._reply.items(texts), last_seq=self.log.last_seq, usage=self.usage
-        )
+        record = msgspec.structs.replace(self._record, last_seq=self.log.last_seq, usage=self.usage)
+        if self._drops_reply:
+            return SuspendedTurn(turn=record, runs=without_reply(self.log.runs()))
+        record = msgspec.structs.replace(record, output=self._reply.items(texts))
         return SuspendedTurn(turn=record, runs=tuple(self.log.runs()), after=self.stored_seq)
 
     def finish(self, now: datetime, texts: Mapping[int, str] | None = None) -> TurnRecord:

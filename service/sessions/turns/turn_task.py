@@ -37,6 +37,9 @@ UNTOLD_MAX_S = 60.0
 RETRY_S = 1.0
 """The pause between two attempts, where no beat tells that the store is back."""
 
+_NO_CONTINUATION = ("upstream_rejected", "parameter_refused")
+"""How a model server refuses a request that ends with the reply so far, or a parameter which asks to go on with it."""
+
 
 class Suspend(Protocol):
     """Suspends a turn whose work has stopped: :meth:`~service.sessions.active.suspensions.Suspensions.suspend`."""
@@ -182,7 +185,8 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
     """Take the model's whole reply, and decide the end.
 
     A prompt that is too long for the model is tried once more without the oldest turns, within the same deadlines,
-    unless the turn is to have the whole conversation.
+    unless the turn is to have the whole conversation. If the model's server refuses to go on with a reply, the turn is
+    suspended without the reply: its next attempt begins anew.
     """
     was_queued = not turn.running
     turn.start(clock())
@@ -210,6 +214,17 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
     del path, prompt  # they may be large, and a reply long
     refusal = await _ask(turn, asked, settings=settings)
     if refusal is None:
+        return
+    if refusal.code in _NO_CONTINUATION:
+        if not turn.begin_anew():
+            raise refusal
+        logger.warning(
+            "the model server refuses to go on with a reply (continuation): the reply begins anew",
+            session_id=turn.session_id,
+            turn_id=turn.id,
+            upstream=turn.client.name,
+            code=refusal.code,
+        )
         return
     if not turn.may_leave_out:
         raise refusal
@@ -307,7 +322,10 @@ class _Asked:
 
 
 async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError | None:
-    """Take the model's reply to a prompt. Returns the error of a prompt that is too long, and decides nothing then."""
+    """Take the model's reply to a prompt.
+
+    Returns the error of a prompt that is too long, or of a refusal to go on with a reply, and decides nothing then.
+    """
 
     def take(events: Sequence[ModelEvent]) -> bool:
         """Take events of the model, and return whether the turn goes on."""
@@ -333,13 +351,13 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
                 if turn.end is None:
                     await stream.relay(take)
             except Exception as error:
-                if _is_too_long(turn, error):
+                if _may_be_asked_again(turn, asked, error):
                     raise
                 _decide_failed(turn, error, settings)  # decided now: until the client has closed a deadline may pass
     except ModelError as error:
         failure = error
         turn.note_spent(error.usage)
-        if not _is_too_long(turn, error):
+        if not _may_be_asked_again(turn, asked, error):
             raise
         return error
     finally:
@@ -377,9 +395,12 @@ def _request(turn: Turn, asked: _Asked, notes: CallNotes) -> ModelRequest:
     )
 
 
-def _is_too_long(turn: Turn, error: Exception) -> bool:
-    """Whether the prompt is too long for the model, and the model may be asked again: no piece of a reply was sent."""
-    return isinstance(error, ModelError) and error.code == "context_too_long" and not turn.has_output
+def _may_be_asked_again(turn: Turn, asked: _Asked, error: Exception) -> bool:
+    """Whether the prompt is too long for the model, or its server refuses to go on with a reply, and the model may be
+    asked again: no piece of a reply was sent."""
+    if not isinstance(error, ModelError) or turn.has_output:
+        return False
+    return error.code == "context_too_long" or (bool(asked.prefix) and error.code in _NO_CONTINUATION)
 
 
 def _decide_failed(turn: Turn, error: Exception, settings: Settings) -> None:
