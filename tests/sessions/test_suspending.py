@@ -881,6 +881,30 @@ async def test_an_adoption_without_an_answer_is_asked_again_and_is_one_attempt(a
         assert [event.seq for event in turn.log.events() if isinstance(event, TurnResumed)] == [4]
 
 
+async def test_turns_that_the_store_may_have_given_to_this_process_keep_their_places_among_the_live_ones(
+    autojump_clock: MockClock,
+) -> None:
+    """No other process can run them. So they are adopted at the bound, too, and count against it before."""
+    store = Trouble()
+    turn_id = await suspended(store)
+    async with open_next(store, store_timeout_s=5, live_turns_max=2) as other:
+        for name in ("t", "u"):
+            await other.sessions.create_session(NewSession(id=name))
+        await other.sessions.start_turn("t", NewTurn(text="Hi", on_disconnect="continue"))
+        await other.puppet.next_reply()
+        store.at, store.is_done_first = "adopt_turns", True
+        with pytest.raises(StoreError):
+            await other.sessions.open_events("s", turn_id)
+        await wait_all_tasks_blocked()
+        store.at = ""
+        with pytest.raises(TurnLimitError):
+            await other.sessions.start_turn("u", NewTurn(text="Hi"))
+        await other.sessions.open_events("s", turn_id)
+        assert (await other.puppet.next_reply()).request.prefix == "Hello"
+        with pytest.raises(TurnLimitError):
+            await other.sessions.start_turn("u", NewTurn(text="Hi"))
+
+
 async def test_a_stop_that_begins_during_an_adoption_suspends_the_turn_again(autojump_clock: MockClock) -> None:
     store = Trouble()
     turn_id = await suspended(store)
@@ -1071,14 +1095,71 @@ async def test_a_queued_turn_that_another_process_has_does_not_start_and_ends_th
 
 
 class RefusesEnds(MemoryStore):
-    """Refuses ends while it ``refuses``."""
+    """Refuses ends while it ``refuses_ends``."""
 
-    refuses = True
+    refuses_ends = True
 
     async def end_turn(self, turn: TurnRecord, **rest: Any) -> EndResult:
-        if self.refuses:
+        if self.refuses_ends:
             raise StoreError("disk full")
         return await super().end_turn(turn, **rest)
+
+
+class HangsAndRefusesEnds(Trouble, RefusesEnds):
+    pass
+
+
+async def test_a_turn_whose_end_waits_for_the_store_is_not_run_again_by_an_adoption_that_was_asked_for_before(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """The end becomes a pending write after the session's pending ends were tried, and before the store is asked."""
+    monkeypatch.setattr("service.sessions.active.adoptions._HELD_UP_MAX_S", 10)
+    store = HangsAndRefusesEnds()
+    turn_id = await suspended(store)
+    await suspended_sessions(store, "other")
+    async with open_next(store) as stage, trio.open_nursery() as nursery:
+        await stage.sessions._acceptance.adopt("s")
+        reply = await stage.puppet.next_reply()
+        reply.finish()
+        await trio.sleep(UNTOLD_MAX_S - 1)
+        [turn] = stage.sessions.open_turns()
+        store.at = "adopt_turns"
+        for session_id in ("other", "s"):
+            nursery.start_soon(stage.sessions._acceptance.adopt, session_id)
+            await wait_all_tasks_blocked()
+        await trio.sleep(2)
+        assert (turn.is_suspended, stage.sessions.pending_writes.turns) == (True, 1)
+        store.goes_on.set()
+        await stage.puppet.next_reply()
+        await wait_all_tasks_blocked()
+        assert [it.session_id for it in stage.sessions.open_turns()] == ["other"]
+        store.refuses_ends = False
+        await stage.sessions.pending_writes.retry()
+        assert (await stage.sessions.get_turn("s", turn_id)).state == "completed"
+
+
+async def test_a_turn_whose_end_can_never_be_stored_is_not_run_again_by_this_process(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr("service.sessions.turns.turn_task.UNTOLD_MAX_S", 1)
+    store = MemoryStore()
+    turn_id = await suspended(store)
+
+    async def fail(*args: object, **options: object) -> EndResult:
+        raise RuntimeError("a bug")
+
+    async with open_next(store) as stage:
+        log, watch = await stage.sessions.open_events("s", turn_id)
+        reply = await stage.puppet.next_reply()
+        monkeypatch.setattr(store, "end_turn", fail)
+        reply.finish()
+        await log.wait_closed()
+        watch.release()
+        await stage.sessions.pending_writes.retry()
+        assert (log.is_moved, stage.sessions.pending_writes.turns) == (True, 0)
+        with pytest.raises(StoreError):
+            await stage.sessions.open_events("s", turn_id)
+        assert stage.sessions.open_turns() == []
 
 
 async def test_an_end_that_the_store_refuses_is_told_once_the_store_has_it(autojump_clock: MockClock) -> None:
@@ -1089,7 +1170,7 @@ async def test_an_end_that_the_store_refuses_is_told_once_the_store_has_it(autoj
         reply.finish()
         await trio.sleep(UNTOLD_MAX_S / 2)
         assert (turn.state, turn.log.closed) == ("running", False)
-        store.refuses = False
+        store.refuses_ends = False
         record = await turn.wait_ended()
         assert (record.state, record.stored) == ("completed", True)
         assert kinds(list(turn.log.events()))[-1] == "turn.completed"
@@ -1118,7 +1199,7 @@ async def test_an_end_that_the_store_still_refuses_is_not_told_because_another_p
         assert (turn.log.is_moved, stage.sessions.pending_writes.turns) == (True, 1)
         assert counted(families.TURNS) == {}
         # The release phase of a stop, or the recovery, tries again.
-        store.refuses = False
+        store.refuses_ends = False
         await stage.sessions.pending_writes.retry()
         assert (await stage.sessions.get_turn("s", turn.id)).state == "completed"
         assert kinds(await events_of(stage, turn.id))[-1] == "turn.completed"
@@ -1137,7 +1218,7 @@ async def test_an_end_of_a_turn_that_fails_in_a_stop_is_told_as_ever_where_the_s
         reply.finish()
         record = await turn.wait_ended()
         assert (record.state, record.stored) == ("completed", False)
-        store.refuses = False
+        store.refuses_ends = False
         await stage.sessions.pending_writes.retry()
 
 

@@ -224,7 +224,8 @@ class Acceptance:
             has_no_client: Whether turns that are cancelled without clients end at once.
 
         Cancellation leaves no turn behind that no process runs. Turns that the store may have given to this process in
-        a call without an answer are run after the next call.
+        a call without an answer are run after the next call, also where ``live_turns_max`` is reached: they had their
+        place before, and no other process can run them.
 
         Raises:
             SessionNotFoundError: It is being deleted.
@@ -236,8 +237,8 @@ class Acceptance:
             self._drain.check_accepting()
             _check_not_deleted(session)
 
-        async with self._deciding(session_id, check, self._settings.store_timeout_s, adds_open_turn=True) as deciding:
-            session, _, deadline = deciding
+        within_s, is_new = self._settings.store_timeout_s, session_id not in self.adoptions.unresolved
+        async with self._deciding(session_id, check, within_s, adds_open_turn=is_new) as (session, _, deadline):
             await self._adopt(session, deadline, has_no_client=has_no_client)
 
     async def _adopt(self, session: ActiveSession, deadline: ScopeDeadline, *, has_no_client: bool = False) -> None:
@@ -298,7 +299,7 @@ class Acceptance:
 
     def _check_turn_limit(self) -> None:
         turns_max = self._settings.live_turns_max
-        if self._active.turns_open + self._pending_writes.turns >= turns_max:
+        if self._active.turns_open + self._pending_writes.turns + self.adoptions.places >= turns_max:
             raise TurnLimitError(f"{turns_max} turns are running already (live_turns_max); try again later.")
 
     async def _accept(self, session: ActiveSession, new: NewTurn, deadline: ScopeDeadline, *, branches: bool) -> Turn:

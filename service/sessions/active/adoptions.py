@@ -84,9 +84,18 @@ class Adoptions:
         self._alone = _Line(at_once=1, tasks_max=_ALONE_STEPS_MAX)
         self._asked_alone: set[str] = set()
         """The sessions that are asked for alone, because a step with several of them did not take them."""
+        self._asked_now: set[str] = set()
+        """The sessions that steps are asked for now."""
 
     def __repr__(self) -> str:
         return f"<Adoptions: {len(self._together.waiting) + len(self._alone.waiting)} sessions wait>"
+
+    @property
+    def places(self) -> int:
+        """How many sessions have a place among the live turns, because the store may have given their turns to this
+        process. Not those with a caller that waits: this caller counts as a turn that arrives."""
+        waiting = (self._asked_now, self._together.waiting, self._alone.waiting)
+        return sum(not any(it in some for some in waiting) for it in self.unresolved)
 
     async def adopt(self, session: ActiveSession, *, within_s: float, has_no_client: bool = False) -> None:
         """Adopt the turns of a session whose acceptance the caller holds, and run them.
@@ -149,6 +158,14 @@ class Adoptions:
         if not sessions:
             return
         self.unresolved.update(dict.fromkeys(sessions))
+        self._asked_now.update(sessions)
+        try:
+            await self._adopt_sessions(sessions)
+        finally:
+            self._asked_now.difference_update(sessions)
+
+    async def _adopt_sessions(self, sessions: Mapping[str, "_Asked"]) -> None:
+        asked = sessions.values()
         is_alone = len(sessions) == 1
         within_s = None
         if is_alone:  # it may wait for a lock, for as long as its caller waits: its next caller has the next step
@@ -163,7 +180,7 @@ class Adoptions:
                     list(sessions),
                     now=self._clock(),
                     continues=self._can_continue,
-                    running=[turn.id for it in asked for turn in it.session.turns],
+                    running=[turn_id for it in asked for turn_id in self._turns_of(it.session)],
                     path_bytes_max=self._path_bytes_max,
                 )
         except StoreError as error:
@@ -188,6 +205,10 @@ class Adoptions:
                 return
             for it in asked:
                 it.answer(StoreError("The turns of too many sessions are to go on here; try again later."))
+
+    def _turns_of(self, session: ActiveSession) -> list[str]:
+        """The turns of a session that this process runs or has run, and that the store may have as open ones."""
+        return [turn.id for turn in session.turns] + self._pending_writes.ended_in(session.id)
 
     def _give_all(self, sessions: Mapping[str, "_Asked"], adopted: Mapping[str, Adoption]) -> Steps[None]:
         for session_id, asked in sessions.items():

@@ -39,6 +39,8 @@ class PendingWrites:
         self._clock = clock
         self._store_timeout_s = store_timeout_s
         self._ends: dict[str, Turn] = {}
+        self._given_up: dict[str, str] = {}
+        """The sessions of the turns whose ends this process will never store, because of a fault of its own."""
 
     @contextmanager
     def writing(
@@ -93,8 +95,14 @@ class PendingWrites:
     def has_end_of(self, turn_id: str) -> bool:
         return turn_id in self._ends
 
+    def ended_in(self, session_id: str) -> list[str]:
+        """The turns of a session that have ended here, though the store has them as open ones: none may run again."""
+        given_up = [turn_id for turn_id, it in self._given_up.items() if it == session_id]
+        return [turn.id for turn in self._ends_of(session_id)] + given_up
+
     def discard_ends_of(self, session_id: str) -> None:
         """Drop the ends of a session that is deleted."""
+        self._given_up = {turn_id: it for turn_id, it in self._given_up.items() if it != session_id}
         for turn in self._ends_of(session_id):
             del self._ends[turn.id]
             turn.settle(is_kept=True)
@@ -140,7 +148,7 @@ class PendingWrites:
         """
         runs = turn.log.runs()
         record = msgspec.structs.replace(turn.untold or turn.record(), stored=True)
-        is_kept = False
+        is_kept = is_given_up = False
         try:
             with self.writing():
                 result = await self._store.end_turn(record, runs=runs, now=self._clock(), after=turn.stored_seq)
@@ -150,7 +158,10 @@ class PendingWrites:
             raise
         except Exception:
             logger.exception("storing the end of a turn failed; giving this write up", turn_id=turn.id)
+            is_given_up = True
         if self._ends.pop(turn.id, None) is not None:  # and not another call
+            if is_given_up:
+                self._given_up[turn.id] = turn.session_id
             turn.settle(is_kept=is_kept)
 
     async def _try_to_write(self) -> None:
