@@ -591,11 +591,14 @@ class Adoption(msgspec.Struct, frozen=True, kw_only=True):
         session: The session; None if it does not exist or is marked as deleted.
         turns: The adopted turns, in the order of their acceptance.
         owner: Another owner, which lives and has open turns of the session: then none was adopted.
+        is_put_off: Whether none was adopted because of the size of the turns, with those of other sessions: the rest
+            says nothing then.
     """
 
     session: SessionRecord | None = None
     turns: Sequence[AdoptedTurn] = ()
     owner: Owner | None = None
+    is_put_off: bool = False
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):

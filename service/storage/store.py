@@ -507,10 +507,11 @@ class Store(Protocol):
         attempts are dropped. A queued turn stays as it is. Of several owners at once one gets the turns.
 
         Returns an adoption for each session. Of several sessions those may be missing for which others would have to
-        wait: because another step has them now, because of their size, or because their owner has just died. Ask again
-        for each of these alone. An adoption has no turns if there is nothing to adopt. After a call
-        that was cancelled or failed the turns may be this owner's already: the next call returns these, too, as they
-        are, without another attempt.
+        wait: because another step has them now, or because their owner has just died. Ask again for each of these
+        alone. Those that are put off because of their size may be asked for together; each call adopts the turns of
+        one session at least. An adoption has no turns if there is nothing to adopt. After a call that was cancelled or
+        failed the turns may be this owner's already: the next call returns these, too, as they are, without another
+        attempt.
 
         Args:
             continues: Whether the model of a turn can go on after the text so far. May be called in another thread, and

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -1232,6 +1233,7 @@ class Noting(MemoryStore):
         super().__init__()
         self.asked: list[list[str]] = []
         self.leaves_out: set[str] = set()
+        self.size_max = 1000
         self.refusals = 0
 
     async def adopt_turns(self, session_ids: Sequence[str], **rest: Any) -> Mapping[str, Adoption]:
@@ -1240,7 +1242,8 @@ class Noting(MemoryStore):
             self.refusals -= 1
             raise StoreError("The store refuses.")
         taken = [it for it in session_ids if it not in self.leaves_out or len(session_ids) == 1]
-        return await super().adopt_turns(taken, **rest)
+        adoptions = await super().adopt_turns(taken[: self.size_max], **rest)
+        return {**adoptions, **dict.fromkeys(taken[self.size_max :], Adoption(is_put_off=True))}
 
 
 async def test_the_turns_of_many_clients_that_come_at_once_are_adopted_by_few_steps_of_the_store(
@@ -1270,6 +1273,21 @@ async def test_a_session_that_a_step_leaves_out_has_a_step_of_its_own(autojump_c
         await sweep(other)
         assert sorted(turn.session_id for turn in other.sessions.open_turns()) == ["a", "b", "c"]
         assert [sorted(it) for it in store.asked] == [["a", "b", "c"], ["b"]]
+
+
+async def test_sessions_that_a_step_puts_off_for_their_size_go_together_in_the_next_one_before_others(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    monkeypatch.setattr("service.sessions.active.adoptions._AT_ONCE", 4)
+    store = Noting()
+    store.size_max = 2
+    await suspended_sessions(store, *"abcdefg")
+    async with open_next(store) as other:
+        await sweep(other)
+        assert sorted(turn.session_id for turn in other.sessions.open_turns()) == [*"abcdefg"]
+        assert list(map(len, store.asked)) == [4, 4, 3, 1]
+        for before, after in pairwise(store.asked):
+            assert after[: len(before) - 2] == before[2:]
 
 
 async def test_sessions_that_a_store_has_refused_together_are_asked_for_alone(autojump_clock: MockClock) -> None:

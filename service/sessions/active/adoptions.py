@@ -3,7 +3,8 @@
 After a stop the clients of hundreds of turns come at once, each for its own session. Their sessions go to the store
 together: a step of the store takes all that wait when it begins, and those that come meanwhile are in the next one.
 A session that such a step does not take, because another transaction has it locked, say, has a step of its own, beside
-the others: it may take as long as its caller waits, and holds up no other session.
+the others: it may take as long as its caller waits, and holds up no other session. Those that the store puts off
+because their turns are large are the first in the next step.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -130,6 +131,9 @@ class Adoptions:
         """Let a caller wait for a step of the store, after those that wait already."""
         line = self._alone if asked.session.id in self._asked_alone else self._together
         line.waiting[asked.session.id] = asked
+        self._start(line)
+
+    def _start(self, line: "_Line") -> None:
         if line.tasks < line.tasks_max:
             line.tasks += 1
             self._nursery.start_soon(self._run, line, name="adoptions")
@@ -211,8 +215,11 @@ class Adoptions:
         return [turn.id for turn in session.turns] + self._pending_writes.ended_in(session.id)
 
     def _give_all(self, sessions: Mapping[str, "_Asked"], adopted: Mapping[str, Adoption]) -> Steps[None]:
+        put_off: list[_Asked] = []
         for session_id, asked in sessions.items():
-            if session_id in adopted:
+            if session_id in adopted and adopted[session_id].is_put_off:
+                put_off.append(asked)
+            elif session_id in adopted:
                 self._asked_alone.discard(session_id)
                 try:
                     yield from self._give(asked, adopted[session_id])
@@ -223,6 +230,11 @@ class Adoptions:
                 yield
             else:
                 self._ask_alone([asked])
+        if len(put_off) == len(sessions):  # a step makes progress; should one not, these do alone
+            self._ask_alone(put_off)
+        elif put_off:
+            self._together.wait_first([it for it in put_off if not it.is_left])
+            self._start(self._together)
 
     def _ask_alone(self, asked: Iterable["_Asked"]) -> None:
         for it in asked:
@@ -330,6 +342,10 @@ class _Line:
     def take(self) -> list["_Asked"]:
         """The callers of the next step."""
         return [self.waiting.pop(it) for it in list(islice(self.waiting, self._at_once))]
+
+    def wait_first(self, some: Iterable["_Asked"]) -> None:
+        """Some callers wait for the next step, before the others."""
+        self.waiting = {it.session.id: it for it in some} | self.waiting
 
     def leave(self, asked: "_Asked") -> None:
         """A caller waits no longer."""

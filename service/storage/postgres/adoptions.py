@@ -102,6 +102,8 @@ def adopt(
     for key, kept in mine.items():
         if key in turns or is_alone:
             done[kept.record.id] = Adoption(session=kept.record, turns=turns.get(key, ()))
+        else:  # its open turns are this owner's or nobody's, so they were not read
+            done[kept.record.id] = Adoption(is_put_off=True)
     return done
 
 

@@ -33,14 +33,16 @@ def adopt(
     continues: Callable[[TurnRecord], bool],
     running: Collection[str],
 ) -> Mapping[str, Adoption]:
-    """As :meth:`~service.storage.store.Store.adopt_turns` says. The step ends with the session that passes its size."""
+    """As :meth:`~service.storage.store.Store.adopt_turns` says. Puts off what follows the session that passes the
+    size."""
     done: dict[str, Adoption] = {}
     size = 0
     for session_id in session_ids:
+        if size > BYTES_MAX:
+            done[session_id] = Adoption(is_put_off=True)
+            continue
         done[session_id] = it = _adopt(db, session_id, owners, now, continues=continues, running=running)
         size += sum(turn.turn.text_bytes for turn in it.turns)
-        if size > BYTES_MAX:
-            break
     return done
 
 
