@@ -16,15 +16,15 @@
        ├─ heartbeat loop     wakes the streams that have been silent for a while
        ├─ recovery loop      retries writes that the store refused, and ends the turns of processes that died
        ├─ checkpoint loop    only with a store that outlives the process
-       ├─ key loop           reads API keys again when their files change
+       ├─ standing watcher   ends the service once another process has taken over its turns
        ├─ refusal loop       tells how many requests were refused, once a second
        ├─ metrics loop       measures what is not counted where it happens, once a second
-       ├─ standing watcher   ends the service once another process has taken over its turns
-       ├─ tree keeper        forgets what the live tree has mirrored, once nobody looks any more
-       └─ shutdown watcher   waits for the notice, then runs the phases
+       ├─ shutdown watcher   waits for the notice, then runs the phases
+       ├─ key loop           reads API keys again when their files change
+       └─ tree keeper        forgets what the live tree has mirrored, once nobody looks any more
 
 The parts start in this order. On the way down the loops are cancelled first, all at once; then the sessions, the
-model clients in reverse order and the store close, one after the other. The indentation of
+model clients in reverse order, the store and the traces close, one after the other. The indentation of
 :func:`open_service` shows the same order. An error in the expiry, recovery or checkpoint loop is logged, and the loop
 goes on. Any other failure of a child ends the service: the tree unwinds, and the failure leaves :func:`open_service`.
 """
@@ -73,6 +73,9 @@ if TYPE_CHECKING:
     from service.telemetry.tracing import Tracing
 
 logger = structlog.get_logger("lastcall.supervisor")
+
+TRACES_TIMEOUT_S = 0.5
+"""How long a stop waits for a collector that takes no spans: less than it waits for anything that clients need."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,11 @@ def _open_tracing(
     open_tracing: OpenTracing | None, shutdown: Shutdown
 ) -> AbstractAsyncContextManager["Tracing | None"]:
     """Open traces first, and close them last: then all spans have ended. What a collector does not take is no fault."""
-    return nullcontext() if open_tracing is None else open_tracing(flush_deadline=shutdown.closing_deadline)
+
+    def flush_deadline() -> float:
+        return min(shutdown.closing_deadline(), trio.current_time() + TRACES_TIMEOUT_S)
+
+    return nullcontext() if open_tracing is None else open_tracing(flush_deadline=flush_deadline)
 
 
 def check_script(url: str, *, setting: str) -> None:

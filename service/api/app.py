@@ -217,6 +217,8 @@ async def _admit(request: Request) -> TrioResponse | None:
         )
         if not needs_no_key:
             admit(request, caller, needs=needs)
+    if not needs_no_key and (record := record_of(request.scope)) is not None:
+        record.begin_span(cast("dict[str, Any]", request.scope))
     if request.query_string and not is_probe and request.endpoint is not None:
         _refuse_query(current_app.view_functions[request.endpoint])
     return None

@@ -198,6 +198,15 @@ class TraceSpan:
         finally:
             contexts.detach(token)
 
+    def enter(self) -> None:
+        """Let this span be the one of the current task, and of the tasks that it starts, until :meth:`leave`."""
+        contexts.attach(set_span_in_context(self._span, _NONE))
+
+    @staticmethod
+    def leave() -> None:
+        """Let the current task have no span any more. It need not be the task that has entered."""
+        contexts.attach(_NONE)
+
     def note(self, attributes: Mapping[str, AttributeValue | None]) -> None:
         """Add attributes; those that are None are left out."""
         self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})

@@ -19,6 +19,8 @@ from tests.upstreams.raw_server import Connection, open_raw_server
 pytestmark = pytest.mark.parallel
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+RELEASE_S = 20
+"""So long a collector must not hold up a stop: it has half a second."""
 Attributes = dict[str, Any]
 
 
@@ -107,7 +109,8 @@ async def test_a_collector_that_never_answers_holds_up_no_stop(tmp_path: Path) -
 
     async with open_raw_server(hang) as collector:
         variables: dict[str, Any] = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
-        async with open_lastcall(SERVE, tmp_path, release_timeout_s=0.5, **variables) as server:
+        variables["OTEL_EXPORTER_OTLP_TIMEOUT"] = "3600"
+        async with open_lastcall(SERVE, tmp_path, release_timeout_s=RELEASE_S, **variables) as server:
             async with open_client(server) as [client]:
                 await new_session(client, "s")
             await asked.wait()
@@ -119,3 +122,4 @@ async def test_a_collector_that_never_answers_holds_up_no_stop(tmp_path: Path) -
     assert lost["level"] == "warning"
     [report] = [line for line in lines if line["message"] == "shutdown report"]
     assert (report["faults"], report["tasks_left"]) == ([], 0)
+    assert report["phases_ms"]["releasing"] < RELEASE_S * 1000

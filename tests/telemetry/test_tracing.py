@@ -196,6 +196,40 @@ async def test_the_caller_s_trace_goes_on_and_the_log_names_it() -> None:
     assert "url.path" not in attributes(lost)
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "status"),
+    [
+        ("/sessions", {}, 401),
+        ("/sessions", {"Authorization": "Bearer sesame-of-a-scraper"}, 403),
+        ("/admin/tree", {"Authorization": "Bearer sesame-of-a-caller", "Origin": "http://elsewhere"}, 403),
+        ("/healthz", {}, 200),
+        ("/sessions/none", {"Authorization": "Bearer sesame-of-a-caller"}, 404),
+    ],
+    ids=["no key", "a key that may not", "a page of another origin", "no key is needed", "let pass"],
+)
+async def test_a_stranger_puts_no_span_into_a_trace_of_another_and_has_none_taken(
+    path: str, fields: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ["sesame-of-a-caller", {"name": "s", "key": "sesame-of-a-scraper", "may": ["metrics"]}]
+    is_let_pass = status == 404
+    for sampler, is_taken in (("parentbased_always_on", True), ("parentbased_always_off", is_let_pass)):
+        monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
+        exporter = InMemorySpanExporter()
+        with kept_log("json") as read:
+            async with open_traced(exporter, api_keys=keys, access_log="on") as traced:
+                await traced.call("GET", path, traceparent=CALLER, **fields)
+            [told] = [it for it in lines_of(read(), "request") if it["method"] == "GET"]
+        spans = [it for it in exporter.get_finished_spans() if it.name.startswith("GET")]
+        assert len(spans) == is_taken
+        assert told["status"] == status
+        assert told.get("trace_id") == (f"{ids(spans[0])[0]:032x}" if is_taken else None)
+        if is_taken:
+            caller = (int(CALLER[3:35], 16), int(CALLER[36:52], 16))
+            assert parent_of(spans[0]) == (caller if is_let_pass else None)
+            assert (ids(spans[0])[0] == caller[0]) == is_let_pass
+            assert attributes(spans[0])["http.response.status_code"] == status
+
+
 async def test_a_queued_turn_is_a_child_of_its_own_request_and_its_wait_is_seen() -> None:
     """The task of the session was started by another request."""
     exporter = InMemorySpanExporter()

@@ -40,12 +40,27 @@ class RequestRecord:
         is_whole: Whether the answer was sent whole.
         has_left: Whether the client left before.
         stream_end: How an event stream ended before its terminal event; None if it did not.
-        trace_fields: The fields that name its span to another process; empty without traces.
+        trace_fields: The fields that name its span to another process; empty without traces, and before the access rule
+            has let it pass.
     """
 
-    __slots__ = ("began_at", "bytes", "caller", "has_left", "is_whole", "route", "status", "stream_end", "trace_fields")
+    __slots__ = (
+        "_span",
+        "_tracing",
+        "began_at",
+        "bytes",
+        "caller",
+        "has_left",
+        "is_whole",
+        "route",
+        "status",
+        "stream_end",
+        "trace_fields",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: "Tracing | None") -> None:
+        self._tracing = tracing
+        self._span: TraceSpan | None = None
         self.began_at = trio.current_time()
         self.status: int | None = None
         self.route: str | None = None
@@ -61,6 +76,31 @@ class RequestRecord:
         if self.is_whole:
             return self.stream_end or "whole"
         return "left" if self.has_left else "cut"
+
+    def begin_span(self, scope: dict[str, Any]) -> None:
+        """Begin the span, a child of the caller's if the request's fields name one; nothing without traces.
+
+        Called once the access rule has let the request pass. Until then the fields may be a stranger's, who could put
+        spans into any trace of the operator's, and have them taken.
+        """
+        if self._tracing is None:
+            return
+        span = self._span = _begin_span(self._tracing, scope, self, parent=_parent_in(scope))
+        self.trace_fields = span.fields
+        add_to_log_context(trace_id=span.trace_id)
+        span.enter()
+
+    def end_span(self, scope: dict[str, Any]) -> None:
+        """End the span. That of a request that was not let pass is begun here: it is in a trace of its own."""
+        if self._tracing is None:
+            return
+        span = self._span
+        if span is None:
+            span = _begin_span(self._tracing, scope, self, parent={})
+            add_to_log_context(trace_id=span.trace_id)
+        else:
+            span.leave()
+        _end_span(span, self, scope)
 
 
 class RequestRecords:
@@ -83,20 +123,12 @@ class RequestRecords:
 
     @contextmanager
     def _recording(self, scope: dict[str, Any]) -> Iterator[None]:
-        record = scope[_RECORD] = RequestRecord()
-        span = None if self._tracing is None else _begin_span(self._tracing, scope)
+        record = scope[_RECORD] = RequestRecord(self._tracing)
         try:
-            if span is None:
-                yield
-            else:
-                record.trace_fields = span.fields
-                add_to_log_context(trace_id=span.trace_id)
-                with span.current():
-                    yield
+            yield
         finally:
             del scope[_RECORD]
-            if span is not None:
-                _end_span(span, record, scope)
+            record.end_span(scope)
             if self._access_log:
                 _log(record, scope)
 
@@ -112,16 +144,23 @@ TRACE_FIELDS = ("traceparent", "tracestate")
 """Source: https://www.w3.org/TR/trace-context/"""
 
 
-def _begin_span(tracing: "Tracing", scope: dict[str, Any]) -> "TraceSpan":
-    """Begin the span of a request, a child of the caller's if its fields name one.
-
-    Source: https://opentelemetry.io/docs/specs/semconv/http/http-spans/ (1.45)
-    """
+def _parent_in(scope: dict[str, Any]) -> Mapping[str, str]:
+    """The fields of a request that name the caller's span; empty if there are none."""
     parent: dict[str, str] = {}
     for name, value in scope["headers"]:
         field = name.decode("latin-1").lower()
         if field in TRACE_FIELDS:
             parent[field] = f"{parent[field]},{value.decode('latin-1')}" if field in parent else value.decode("latin-1")
+    return parent
+
+
+def _begin_span(
+    tracing: "Tracing", scope: dict[str, Any], record: RequestRecord, *, parent: Mapping[str, str]
+) -> "TraceSpan":
+    """Begin the span of a request.
+
+    Source: https://opentelemetry.io/docs/specs/semconv/http/http-spans/ (1.45)
+    """
     method = _method_of(scope)
     server = scope.get("server")
     attributes: dict[str, str | int] = {
@@ -132,7 +171,8 @@ def _begin_span(tracing: "Tracing", scope: dict[str, Any]) -> "TraceSpan":
     }
     if server:
         attributes |= {"server.address": str(server[0])} | ({"server.port": server[1]} if server[1] else {})
-    return tracing.begin(_span_name(method, None), "server", parent=parent, attributes=attributes)
+    name = _span_name(method, None)
+    return tracing.begin(name, "server", parent=parent, attributes=attributes, began_at=record.began_at)
 
 
 def _end_span(span: "TraceSpan", record: RequestRecord, scope: dict[str, Any]) -> None:
