@@ -1,7 +1,8 @@
 """What the commands in a terminal (``lastcall chat`` and its like) take from the environment.
 
 They are clients: they need the server's address and a key, and none of the server's settings. So this module reads
-the few values itself, without :mod:`service.settings`, whose import takes longer than a short command.
+the few values itself, without :mod:`service.settings`, whose import takes longer than a short command. What both need
+is here.
 """
 
 import os
@@ -14,9 +15,12 @@ from pathlib import Path
 URL_VARIABLE, KEY_VARIABLE, KEY_FILE_VARIABLE = "LASTCALL_URL", "LASTCALL_API_KEY", "LASTCALL_API_KEY_FILE"
 CLIENT_VARIABLES = frozenset({URL_VARIABLE, KEY_VARIABLE, KEY_FILE_VARIABLE})
 """The variables that only clients read: they are no settings of the server."""
-KEY_BYTES_MAX = 64 * 1024
+SECRET_FILE_BYTES_MAX = 64 * 1024
 """Bound of a file that holds a key."""
 DEFAULT_BIND = "127.0.0.1:8000"
+CONFIG_FILE = "lastcall.toml"
+CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
+"""Names a file to read instead of ``lastcall.toml`` in the working directory. It is no setting."""
 _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _BIND = re.compile(r"(?:\[(?P<v6>[^\]\s]+)\]|(?P<host>[^\s:\[\]/]+)):(?P<port>[0-9]{1,5})")
 
@@ -89,7 +93,7 @@ def _named(text: str, origin: str) -> Target:
 
 
 def _of_settings(environ: Mapping[str, str]) -> Target:
-    file = Path(environ.get("LASTCALL_CONFIG_FILE") or "lastcall.toml")
+    file = Path(environ.get(CONFIG_FILE_VARIABLE) or CONFIG_FILE)
     kept: dict[str, object] = {}
     try:
         kept = tomllib.loads(file.read_text(encoding="utf-8-sig"))
@@ -129,13 +133,13 @@ def _key(file: str | None, environ: Mapping[str, str]) -> str | None:
 def _read_key(file: str, origin: str) -> str:
     try:
         with Path(file).open("rb") as opened:
-            held = opened.read(KEY_BYTES_MAX + 1)
+            held = opened.read(SECRET_FILE_BYTES_MAX + 1)
     except (OSError, ValueError) as error:
         # The path is not told: people put the key itself in its place.
         raise ClientSettingsError(
             f"{origin} should name a file that holds the key: {getattr(error, 'strerror', error)}"
         ) from None
     text = held.decode("utf-8", "replace").removeprefix("\ufeff").strip()
-    if len(held) > KEY_BYTES_MAX or not text:
+    if len(held) > SECRET_FILE_BYTES_MAX or not text:
         raise ClientSettingsError(f"{origin} names a file without a key in it")
     return text

@@ -34,17 +34,21 @@ from pydantic import (
 from pydantic import ValidationError as InvalidSettings
 from pydantic_core import ErrorDetails
 
-from service.client_settings import CLIENT_VARIABLES, KEY_FILE_VARIABLE, KEY_VARIABLE
+from service.client_settings import (
+    CLIENT_VARIABLES,
+    CONFIG_FILE,
+    CONFIG_FILE_VARIABLE,
+    DEFAULT_BIND,
+    KEY_FILE_VARIABLE,
+    KEY_VARIABLE,
+    SECRET_FILE_BYTES_MAX,
+)
 from service.errors import SettingsError, StartupError
 from service.ids import is_owner_name
 from service.service_links import made_by_links
 from service.store_capabilities import BY_SCHEME, StoreCapabilities
 
 ENV_PREFIX = "LASTCALL_"
-CONFIG_FILE = "lastcall.toml"
-CONFIG_FILE_VARIABLE = "LASTCALL_CONFIG_FILE"
-"""Names a file to read instead of ``lastcall.toml`` in the working directory. It is no setting, and neither are the
-variables of :mod:`service.client_settings`."""
 OPTIONS = {"bind": "bind", "store_url": "store"}
 """Settings that the command line may say, and what its option is called."""
 SECRETS = frozenset({"api_key", "api_keys", "key", "key_sha256", "model_api_key"})
@@ -70,7 +74,6 @@ _POSTGRESQL_URL = re.compile(
 """A URL whose parts libpq reads as they are meant: of others its error texts may show a piece of the password."""
 _KEYS_OF_CALLERS = ("api_keys", "key")
 """Secrets of which a file may hold several."""
-SECRET_FILE_BYTES_MAX = 64 * 1024
 CALLER_KEY_LENGTH_MIN = 16
 """Bound below which a key of callers could be found by trying."""
 _LISTS = {
@@ -384,7 +387,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
-    bind: Annotated[str, AfterValidator(_listening_address)] = "127.0.0.1:8000"
+    bind: Annotated[str, AfterValidator(_listening_address)] = DEFAULT_BIND
     """Where to listen: `host:port`, `[::1]:8000` or, with `api_keys`, `unix:path`; port 0 takes a free one. Bare
     hypercorn has its own `--bind` instead."""
     tls_certfile: Name | None = None

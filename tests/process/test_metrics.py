@@ -13,7 +13,7 @@ from bench.server_process import ServerProcess, python_command
 from tests.kept_log import lines_of
 from tests.process.clients import Stream, all_begun, new_session, open_client, owner_of, wait_until
 from tests.process.lastcall import CAP_S, CONFIGURED_4, SERVE, Host, assert_log_is_clean, open_lastcall, wait_gone
-from tests.telemetry.scrape import Samples, fallen, samples_of
+from tests.telemetry.scrape import Samples, fallen, samples_of, turns_by_end
 
 pytestmark = pytest.mark.parallel
 
@@ -39,10 +39,6 @@ async def scrape_often(client: httpx.AsyncClient, scrapes: list[Samples]) -> Non
         await trio.sleep(0.1)
 
 
-def turns(samples: Samples) -> dict[str, float]:
-    return {labels: value for (name, labels), value in samples.items() if name == "lastcall_turns_total"}
-
-
 @pytest.mark.parametrize(("host", "argv"), [(SERVE, None), (CONFIGURED_4, SERVE_4)], ids=["one", "four"])
 async def test_every_count_of_a_known_load_is_exact(host: Host, argv: list[str] | None, tmp_path: Path) -> None:
     async with (
@@ -63,10 +59,10 @@ async def test_every_count_of_a_known_load_is_exact(host: Host, argv: list[str] 
         await expect_one_answer_a_connection(alone)
         server.signal_main(signal.SIGTERM)
         assert (await wait_gone(server)).exit_code == 0
-    assert turns(told) == turns(after)
+    assert turns_by_end(told) == turns_by_end(after)
     assert {stream.end[0] for stream in streams} == {"turn.completed"}
-    assert turns(before) == {}
-    assert turns(after) == {"outcome=completed,reason=stop": TURNS}
+    assert turns_by_end(before) == {}
+    assert turns_by_end(after) == {"outcome=completed,reason=stop": TURNS}
     of_upstream, of_model = "upstream=scripted", "model=bench,upstream=scripted"
     assert after["lastcall_turns_accepted_total", "origin=new"] == TURNS
     assert after["lastcall_turn_first_token_seconds_count", of_upstream] == TURNS
@@ -135,7 +131,7 @@ async def test_no_sum_falls_when_a_worker_is_killed_or_all_are_replaced(tmp_path
     assert during["lastcall_turns_accepted_total", "origin=new"] == TURNS
     assert len(scrapes) > 3
     assert fallen(scrapes[-1], after) == []
-    assert turns(after) == {crashed: its, shut_down: TURNS - its}
+    assert turns_by_end(after) == {crashed: its, shut_down: TURNS - its}
     assert after["lastcall_turns_accepted_total", "origin=new"] == TURNS
     assert [after["lastcall_turns", f"state={state}"] for state in ("running", "queued")] == [0, 0]
     assert after["lastcall_streams", "face=native"] == 0

@@ -24,6 +24,11 @@ def samples_of(text: str) -> Samples:
     return samples
 
 
+def turns_by_end(samples: Samples) -> dict[str, float]:
+    """How many turns have ended, by the labels of ``lastcall_turns_total``."""
+    return {labels: value for (name, labels), value in samples.items() if name == "lastcall_turns_total"}
+
+
 def fallen(before: Samples, after: Samples) -> list[tuple[str, str]]:
     """The counters, and those of histograms, that are less than they were, or gone: Prometheus takes that for a
     restart."""

@@ -20,7 +20,7 @@ from service.telemetry.metrics.exposition import exposed
 from service.telemetry.metrics.metrics import Metrics
 from tests.api.inprocess import SSE, Api, open_api
 from tests.sessions.puppet import Puppet
-from tests.telemetry.scrape import Samples, promtool, samples_of
+from tests.telemetry.scrape import Samples, promtool, samples_of, turns_by_end
 
 KEYS = {name: f"{name}-key-0123456789" for name in ("plain", "monitor", "root", "reader")}
 NAMED = (
@@ -35,10 +35,6 @@ async def scrape(api: Api) -> Samples:
     reply = await api.call("GET", "/metrics")
     assert reply.status == 200
     return samples_of(reply.body.decode())
-
-
-def turns(samples: Samples) -> dict[str, float]:
-    return {labels: value for (name, labels), value in samples.items() if name == "lastcall_turns_total"}
 
 
 async def store_pending_writes(api: Api) -> None:
@@ -69,8 +65,8 @@ async def test_turns_are_counted_by_outcome_and_reason_with_their_tokens(autojum
             await api.call("POST", f"{turn.headers['location']}/cancel")
         await api.call("POST", path, {"input": "c", "model": "of-a-caller", "max_output_tokens": 2})
         after = await scrape(api)
-    assert turns(before) == {}
-    assert turns(after) == {
+    assert turns_by_end(before) == {}
+    assert turns_by_end(after) == {
         "outcome=completed,reason=stop": 3,
         "outcome=completed,reason=length": 1,
         "outcome=cancelled,reason=requested": 2,
@@ -111,7 +107,7 @@ async def test_a_failed_turn_has_its_code_and_a_stream_is_open_while_it_is(autoj
         after = await scrape(api)
     assert during["lastcall_streams", "face=chat_completions"] == 1
     assert after["lastcall_streams", "face=chat_completions"] == 0
-    [(labels, count)] = turns(after).items()
+    [(labels, count)] = turns_by_end(after).items()
     assert count == 1
     assert labels in ("outcome=failed,reason=first_token_timeout", "outcome=failed,reason=next_token_timeout")
 
@@ -156,7 +152,7 @@ async def test_a_turn_whose_caller_got_an_error_is_no_turn_that_failed(tmp_path:
         after = await scrape(api)
     assert during["lastcall_turn_ends_pending", ""] == 2
     for samples in (during, after):
-        assert turns(samples) == {}
+        assert turns_by_end(samples) == {}
         assert samples["lastcall_turns_accepted_total", "origin=new"] == 0
         assert samples["lastcall_turn_ends_not_stored_total", ""] == 0
         assert samples["lastcall_turns_without_terminal_event_total", ""] == 0
@@ -269,7 +265,7 @@ async def test_a_stop_counts_its_phases_and_what_it_leaves() -> None:
             await service.shutdown.reached(Phase.RELEASING)
     service.shutdown.report(tasks_left=2).count(metrics)
     told = samples_of(at_once(exposed(metrics.memory)).decode())
-    assert turns(told) == {"outcome=interrupted,reason=shutdown": 1}
+    assert turns_by_end(told) == {"outcome=interrupted,reason=shutdown": 1}
     assert told["lastcall_shutdown_tasks_left_total", ""] == 2
     assert told["lastcall_shutdowns_total", "result=faults"] == 1
     phases = {labels for name, labels in told if name == "lastcall_shutdown_phase_seconds_count"}
