@@ -51,7 +51,7 @@ from service.telemetry.banner import announce
 from service.telemetry.logging import Log, configure_logging
 from service.telemetry.metrics.memory import Memory
 from service.telemetry.metrics.metrics import Metrics
-from service.telemetry.shutdown_history import ShutdownHistory, history_file
+from service.telemetry.shutdown_history import ShutdownHistory
 from service.telemetry.trace_variables import PREFIX as OTEL_PREFIX
 from service.telemetry.trace_variables import OpenTracing, find_tracing
 from service.telemetry.tree_nodes import Node, Notes
@@ -160,8 +160,7 @@ class Hosting(Host):
         self._metrics = Metrics(
             Memory(master.open_metrics_file() if master is not None else None), models=models_of(settings)
         )
-        file = history_file(settings)
-        self._history = None if file is None else ShutdownHistory(file)
+        self._history: ShutdownHistory | None = None
         self._peer_address: str | None = None
         self._opened = False
         self._closed = trio.Event()  # hypercorn has closed every connection and asks the lifespan to end
@@ -247,9 +246,11 @@ class Hosting(Host):
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
                     nursery.start_soon(self._announce, service)
-                    if self._history is not None and service.shutdown_reports is not None:
+                    if (reports := service.shutdown_reports) is not None:
                         # Beside the start: a disk that hangs holds nothing up.
-                        nursery.start_soon(service.shutdown_reports.note_started, self._history)
+                        self._history = reports.history
+                        nursery.start_soon(reports.note_started)
+                        nursery.start_soon(reports.measure_last, self._metrics)
                     nursery.start_soon(self._unread_answers.run)
                     nursery.start_soon(self._leave_clients_to_others)
                     await self._shutdown.reached(Phase.RELEASING)

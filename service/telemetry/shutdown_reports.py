@@ -4,21 +4,39 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import structlog
 import trio
 
 from service.errors import ReportsUnavailableError, StartupError
 from service.freezes import move_on_after
 from service.settings import Settings
+from service.telemetry.metrics import families
+from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.shutdown_history import Past, ShutdownHistory, history_file, read_history
 
 logger = structlog.get_logger("lastcall.shutdown_reports")
 
+LAST_MAX = 50
+"""So many of the newest stops and crashes are looked at for the gauges about the last ones."""
 T = TypeVar("T")
+
+
+class _Phases(msgspec.Struct):
+    """How long a stop has taken, in milliseconds."""
+
+    total: float
+
+
+class _Timed(msgspec.Struct):
+    """The part of a report that the gauges tell; another version may have written it otherwise."""
+
+    phases_ms: _Phases
 
 
 class ShutdownReports:
@@ -29,9 +47,13 @@ class ShutdownReports:
 
     Args:
         timeout_s: How long one call may wait for the thread and the disk together.
+
+    Attributes:
+        history: What this process writes.
     """
 
     def __init__(self, file: Path, *, timeout_s: float) -> None:
+        self.history = ShutdownHistory(file)
         self._file = file
         self._timeout_s = timeout_s
         self._limiter = trio.CapacityLimiter(1)
@@ -47,10 +69,23 @@ class ShutdownReports:
         except OSError as error:
             raise ReportsUnavailableError(_words(error)) from error
 
-    async def note_started(self, history: ShutdownHistory) -> None:
-        """Write the line of a start, or warn that it is missing. It may still be written once a disk answers."""
+    async def measure_last(self, metrics: Metrics) -> None:
+        """Set the gauges about the stops before this start: no process lives to tell its own. None if a disk hangs."""
+        with suppress(ReportsUnavailableError):
+            for past in reversed(await self.read(limit=LAST_MAX)):
+                line = past.line
+                if line.at is None:
+                    continue  # a crash: the file does not tell when it was
+                result = "clean" if line.exit_code == 0 else "faults"
+                metrics.set(families.LAST_STOP_AT, result, to=line.at.timestamp())
+                with suppress(msgspec.ValidationError):
+                    report = msgspec.convert(line.report, _Timed)
+                    metrics.set(families.LAST_STOP_TOOK, result, to=report.phases_ms.total / 1000)
+
+    async def note_started(self) -> None:
+        """Write the line of this start, or warn that it is missing. It may still be written once a disk answers."""
         try:
-            await self._in_thread(history.note_started)
+            await self._in_thread(self.history.note_started)
         except OSError as error:
             logger.warning(
                 "this start is not noted for GET /admin/shutdowns", file=str(self._file), reason=_words(error)

@@ -6,16 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from structlog.testing import capture_logs
 
 from service.errors import StartupError
 from service.settings import Settings
+from service.steps import at_once
 from service.telemetry import shutdown_reports
-from service.telemetry.shutdown_history import Past, ShutdownHistory
+from service.telemetry.metrics.exposition import exposed
+from service.telemetry.metrics.metrics import Metrics
+from service.telemetry.shutdown_history import Past, ShutdownHistory, read_history
 from service.telemetry.shutdown_reports import ShutdownReports, open_shutdown_reports
 from tests.api.inprocess import open_api
+from tests.telemetry.scrape import samples_of
 
 
 class Disk:
@@ -62,10 +67,10 @@ async def test_many_looks_at_a_disk_that_hangs_take_one_thread_and_none_of_the_o
             assert problem["retry_after_s"] == 10
         assert hanging.threads == 1
         assert others.borrowed_tokens == 0
-        history = ShutdownHistory(file)
         with capture_logs() as logged, trio.fail_after(60):
             assert api.service.shutdown_reports is not None
-            await api.service.shutdown_reports.note_started(history)
+            await api.service.shutdown_reports.note_started()
+            await api.service.shutdown_reports.measure_last(Metrics())  # says nothing, and returns
         assert [it["log_level"] for it in logged] == ["warning"]
 
 
@@ -111,13 +116,38 @@ async def test_a_file_that_cannot_be_read_is_not_told_as_no_shutdowns(tmp_path: 
         assert problem["detail"].endswith(": not a regular file.")
 
 
+async def test_the_metrics_tell_the_last_stops_of_each_result_and_no_crash(tmp_path: Path) -> None:
+    file = tmp_path / "shutdowns"
+    stops = [(75, 1000.0), (75, 2500.0), (0, 80.0), (0, "a while"), (None, None)]
+    for number, (exit_code, total) in enumerate(stops):
+        history = ShutdownHistory(file)
+        history._run = msgspec.structs.replace(history._run, run=str(number), ticks="1")
+        history.note_started()
+        if exit_code is not None:
+            history.note_stopped({"phases_ms": {"total": total}}, exit_code=exit_code, bounds_ms={})
+    at = {str(past.line.of.run): past.line.at for past in read_history(file, limit=9)}
+    metrics = Metrics()
+    await ShutdownReports(file, timeout_s=60).measure_last(metrics)
+    text = at_once(exposed(metrics.memory)).decode()
+    told = {key: value for key, value in samples_of(text).items() if key[0].startswith("lastcall_last_shutdown_")}
+    faults, clean = at["1"], at["3"]
+    assert faults is not None
+    assert clean is not None
+    assert told == {
+        ("lastcall_last_shutdown_timestamp_seconds", "result=faults"): faults.timestamp(),
+        ("lastcall_last_shutdown_timestamp_seconds", "result=clean"): clean.timestamp(),
+        ("lastcall_last_shutdown_seconds", "result=faults"): 2.5,
+        ("lastcall_last_shutdown_seconds", "result=clean"): 0.08,  # another version has told the last one otherwise
+    }
+
+
 async def test_a_start_that_cannot_be_noted_has_one_warning(tmp_path: Path) -> None:
     file = tmp_path / "shutdowns"
     file.mkdir()
     reports = ShutdownReports(file, timeout_s=60)
     with capture_logs() as logged:
-        await reports.note_started(ShutdownHistory(file))
-        await reports.note_started(ShutdownHistory(tmp_path / "other"))
+        await reports.note_started()
+        await ShutdownReports(tmp_path / "other", timeout_s=60).note_started()
     assert logged == [
         {
             "log_level": "warning",

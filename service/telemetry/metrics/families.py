@@ -216,6 +216,20 @@ STREAMS_CUT = Family(
     "lastcall_shutdown_streams_aborted_total",
     "Event streams that a stop did not send to their end after its drain; must stay 0",
 )
+LAST_STOP_AT = Family(
+    "lastcall_last_shutdown_timestamp_seconds",
+    "When the newest stop with this result before the start was over; none where no reports are kept",
+    "gauge",
+    ("result",),
+    across="max",
+)
+LAST_STOP_TOOK = Family(
+    "lastcall_last_shutdown_seconds",
+    "Time that the newest stop with this result before the start has taken",
+    "gauge",
+    ("result",),
+    across="max",
+)
 
 FAMILIES: tuple[Family, ...] = tuple(it for it in list(globals().values()) if isinstance(it, Family))
 """All of them, in the order of this page."""
