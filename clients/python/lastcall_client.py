@@ -43,6 +43,7 @@ __all__ = [
     "TurnOptions",
     "TurnStream",
     "Waiting",
+    "Watch",
 ]
 
 ENDS = frozenset({"turn.completed", "turn.failed", "turn.cancelled", "turn.interrupted"})
@@ -674,6 +675,10 @@ class Client:
         """Make a call that has no method here, such as ``/admin/tree``: return the JSON of its answer."""
         return await self._json(method, path, body=body, params=params)
 
+    def watch(self, path: str, *, params: Mapping[str, str] | None = None) -> "Watch":
+        """Follow a stream that has no method here, such as ``/admin/tree/events``: one connection, without a resume."""
+        return Watch(self, path, params)
+
     def _starting(
         self,
         path: str,
@@ -772,6 +777,81 @@ class Client:
             return await self._http.send(request, stream=True)
 
 
+class _Closed:
+    """An iterator over events whose context, when it is left, closes the connection."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def aclose(self) -> None:
+        """Close the connection. Idempotent."""
+        raise NotImplementedError
+
+
+class Watch(_Closed):
+    """The events of one answer: ``async with client.watch(path) as events:``, and then ``async for event in events``.
+
+    Entering waits for the head of the answer. The iteration ends when the answer does. Leaving closes the connection.
+
+    Raises:
+        LastcallError: The call is refused, the server does not answer, or is silent for longer than ``silence_s``.
+    """
+
+    def __init__(self, client: Client, path: str, params: Mapping[str, str] | None) -> None:
+        self._client = client
+        self._path, self._params = path, params
+        self._decoder = _EventDecoder(client.bounds.event_bytes_max)
+        self._ready: deque[Event] = deque()
+        self._response: httpx.Response | None = None
+        self._body: AsyncIterator[bytes] | None = None
+
+    async def __aenter__(self) -> Self:
+        headers = {"Accept": "text/event-stream"}
+        request = self._client.build("GET", self._path, params=self._params, headers=headers)
+        response = self._response = await self._client._open(request)
+        self._body = response.aiter_bytes()
+        try:
+            await _check_stream(response, self._body, timeout_s=self._client.bounds.timeout_s)
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._ready:
+            if self._body is None:
+                raise StopAsyncIteration
+            try:
+                with _Faults():
+                    chunk = await anext(self._body, b"")
+            except LastcallError:
+                await self.aclose()
+                raise
+            except BaseException:
+                self._body = self._response = None  # cancelled: httpx has closed the connection
+                raise
+            if not chunk:
+                await self.aclose()
+            try:
+                self._ready.extend(self._decoder.feed(chunk))
+            except ValueError as error:
+                await self.aclose()
+                raise LastcallError("The stream has an event that is no JSON.", code="malformed_answer") from error
+        return self._ready.popleft()
+
+    async def aclose(self) -> None:
+        """Close the connection. Idempotent."""
+        body, response, self._body, self._response = self._body, self._response, None, None
+        if response is not None:
+            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + 5):
+                await _close(response, body, grace_s=0)
+
+
 class Pages(Generic[_T]):
     """A list that is read in pages while you iterate."""
 
@@ -809,7 +889,7 @@ class _Start:
     request_id: str | None
 
 
-class TurnStream:
+class TurnStream(_Closed):
     """The events of a turn, each once and in order, across cuts and restarts. Made by the calls of :class:`Client`.
 
     A loop that may be left before the end belongs into ``async with client.stream(…) as events:``, which closes the
@@ -849,14 +929,6 @@ class TurnStream:
         return self._pieces[0]
 
     async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
@@ -929,10 +1001,9 @@ class TurnStream:
             self._is_over = True  # the turn has ended, and all its events were seen
         elif response.status_code != 200:
             await self._take_refusal(response)
-        elif not response.headers.get("Content-Type", "").startswith("text/event-stream"):
+        elif not _is_event_stream(response):
             await self.aclose()
-            other = LastcallError(f"{response.url} answers no event stream.", code="malformed_answer", status=200)
-            self._fail(other, is_passing=self._read_seq > 0)
+            self._fail(_no_stream(response), is_passing=self._read_seq > 0)
         else:
             self._decoder = _EventDecoder(self._client.bounds.event_bytes_max)
 
@@ -952,24 +1023,15 @@ class TurnStream:
             self.session_id, self.turn_id = turn
 
     async def _take_refusal(self, response: httpx.Response) -> None:
-        refused = await self._read_refusal(response)
+        assert self._body is not None
+        refused = await _read_refusal(response, self._body, timeout_s=self._client.bounds.timeout_s)
+        await self.aclose()
         if refused.code in {"events_lost", "events_deleted"} and self.turn_id is not None:
             await self._take_record(refused.code)
         else:
             # A refusal that says where the turn is: it was accepted, and its events are there.
             self._learn(refused._turn if refused.status in (503, 504) else None)
             self._fail(refused)
-
-    async def _read_refusal(self, response: httpx.Response) -> LastcallError:
-        content = b""
-        with suppress(LastcallError), _Faults(), anyio.fail_after(self._client.bounds.timeout_s):
-            assert self._body is not None
-            async for chunk in self._body:
-                content += chunk
-                if len(content) > _REFUSAL_BYTES_MAX:
-                    break
-        await self.aclose()
-        return _refusal(response, content)
 
     async def _take_record(self, code: str) -> None:
         """The server has no events any more: the end of the turn is told by its record."""
@@ -1052,6 +1114,7 @@ class _EventDecoder:
         self._line: list[bytes] = []
         self._size = 0
         self._data: list[bytes] = []
+        self._name = ""
         self._after_return = self._has_begun = False
 
     def feed(self, chunk: bytes) -> Iterator[Event]:
@@ -1084,8 +1147,9 @@ class _EventDecoder:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line:
             data, self._data, self._size = self._data, [], 0
+            kind, self._name = self._name, ""
             if data:
-                yield _event_of(json.loads(b"\n".join(data)))
+                yield _event_of(json.loads(b"\n".join(data)), kind)
             return
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
@@ -1094,17 +1158,21 @@ class _EventDecoder:
             self.has_moved = False
         else:
             self._size -= len(line)  # of no event: a stream may have any number of them
-            if name == b"":
+            if name == b"event":
+                self._name = value.decode("utf-8", "replace")
+            elif name == b"":
                 self.has_moved = value.strip() == b"moved"
             elif name == b"retry" and value.isdigit() and len(value) < 9:
                 self.retry_s = int(value) / 1000
 
 
-def _event_of(data: Any) -> Event:
-    if not isinstance(data, dict) or not isinstance(data.get("type"), str):
-        raise ValueError("an event is an object with a type")  # noqa: TRY004  as other text that is no event
+def _event_of(data: Any, name: str) -> Event:
+    """The event with this data; its type is in there, or it is the name of the event in the stream."""
+    kind = data.get("type", name) if isinstance(data, dict) else None
+    if not isinstance(kind, str) or not kind:
+        raise ValueError("an event is an object with a type")
     seq = data.get("seq")
-    return Event(data["type"], seq if isinstance(seq, int) else None, data)
+    return Event(kind, seq if isinstance(seq, int) else None, data)
 
 
 async def _close(response: httpx.Response, body: AsyncIterator[bytes] | None, *, grace_s: float) -> None:
@@ -1136,6 +1204,34 @@ class _Faults:
         if isinstance(error, httpx.TransportError | httpx.DecodingError):
             said = str(error) or type(error).__name__
             raise LastcallError(f"The server cannot be reached: {said}", code="unreachable") from error
+
+
+async def _check_stream(response: httpx.Response, body: AsyncIterator[bytes], *, timeout_s: float) -> None:
+    """Raises: LastcallError, if this answer is no event stream."""
+    if response.status_code != 200:
+        raise await _read_refusal(response, body, timeout_s=timeout_s)
+    if not _is_event_stream(response):
+        raise _no_stream(response)
+
+
+def _is_event_stream(response: httpx.Response) -> bool:
+    content_type: str = response.headers.get("Content-Type", "")
+    return content_type.startswith("text/event-stream")
+
+
+def _no_stream(response: httpx.Response) -> LastcallError:
+    return LastcallError(f"{response.url} answers no event stream.", code="malformed_answer", status=200)
+
+
+async def _read_refusal(response: httpx.Response, body: AsyncIterator[bytes], *, timeout_s: float) -> LastcallError:
+    """The error of an answer whose body is not read yet."""
+    content = b""
+    with suppress(LastcallError), _Faults(), anyio.fail_after(timeout_s):
+        async for chunk in body:
+            content += chunk
+            if len(content) > _REFUSAL_BYTES_MAX:
+                break
+    return _refusal(response, content)
 
 
 def _refusal(response: httpx.Response, content: bytes | None = None) -> LastcallError:

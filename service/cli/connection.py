@@ -30,6 +30,11 @@ async def open_client(target: Target, bounds: Bounds) -> AsyncIterator[Client]:
         yield client
 
 
+def is_connect_refused(error: LastcallError) -> bool:
+    """Whether no connection could be made."""
+    return isinstance(error.__cause__, httpx.ConnectError)
+
+
 def explained(error: LastcallError, target: Target) -> tuple[int, str]:
     """The exit code of a refusal, and one line that says what the user can do."""
     server = target.shown

@@ -7,7 +7,7 @@ import trio
 from lastcall_client import Client, LastcallError
 
 from service.cli import exit_codes
-from service.cli.connection import ONE_ATTEMPT, open_client
+from service.cli.connection import ONE_ATTEMPT, is_connect_refused, open_client
 from service.cli.reply_views import json_line
 from service.cli.terminal.output import Output, complain
 from service.client_settings import Target
@@ -57,12 +57,13 @@ async def _workers(client: Client) -> frozenset[tuple[int, str]]:
 
 
 async def _wait_gone(client: Client, before: frozenset[tuple[int, str]]) -> bool:
-    """Return once none of these processes serves: whether others answer in their place."""
+    """Return once none of these processes accepts connections: whether others answer in their place."""
     while True:
         try:
             if not await _workers(client) & before:
                 return True
         except LastcallError as error:
-            if error.code == "unreachable":
+            # A connection that is cut is no sign of it: one of several workers has ended, say.
+            if is_connect_refused(error):
                 return False
         await trio.sleep(_LOOK_S)

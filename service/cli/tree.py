@@ -1,7 +1,7 @@
 """``lastcall tree``: draws what a server's process does now: sessions, turns, model calls, streams, connections, loops.
 
-On a terminal the drawing is live: arrow keys and page keys move in it, ``q`` or Ctrl+C leaves. In a pipe it is drawn
-once.
+On a terminal the drawing follows the server's stream of changes: arrow keys and page keys move in it, ``q`` or Ctrl+C
+leaves. A stream that was cut is asked for again. In a pipe the tree is drawn once.
 """
 
 import argparse
@@ -11,22 +11,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import trio
-from lastcall_client import Client, LastcallError
+from lastcall_client import Bounds, Client, Event, LastcallError
 
 from service.cli import exit_codes
-from service.cli.connection import ONE_ATTEMPT, explained, open_client
+from service.cli.connection import explained, open_client
 from service.cli.reply_views import json_line
 from service.cli.terminal.cells import cut
 from service.cli.terminal.keys import Key, KeyDecoder
 from service.cli.terminal.output import Output, Style, harmless_line
 from service.cli.terminal.raw_mode import raw_mode, read_keys
+from service.cli.tree_model import TreeModel
 from service.client_settings import Target
 
 Node = Mapping[str, Any]
 NODES_MAX = 2000
 """Bound of the nodes that are asked for: each look costs the server time."""
-LOOK_S = 0.4
-"""The pause between two looks."""
+BOUNDS = Bounds(patience_s=0, silence_s=10)
+"""The stream has a comment every two seconds: a longer silence is a connection that is dead."""
+AGAIN_S = 0.5
+"""The pause before a stream that was cut is asked for again; more if the server says so."""
+TICK_S = 0.5
+"""The deadlines count down so often, also if nothing changes."""
 _STYLES: Mapping[str, tuple[Style, ...]] = {
     "process": ("bold",),
     "session": ("bold", "cyan"),
@@ -37,20 +42,26 @@ _STYLES: Mapping[str, tuple[Style, ...]] = {
     "nursery": ("dim",),
 }
 _SERVING = "serving"
+_ENDS: Mapping[str, str] = {
+    "shutdown": "the process has released all that it held",
+    "replaced": "another worker serves in its place",
+    "gone": "this worker has gone",
+}
+"""Why a stream of changes has ended, by what its last event says."""
 
 
 async def run(arguments: argparse.Namespace, target: Target, output: Output) -> int:
     """Run the command, and return the exit code."""
-    async with open_client(target, ONE_ATTEMPT) as client:
+    async with open_client(target, BOUNDS) as client:
         params = {"nodes": str(NODES_MAX)} | ({"worker": str(arguments.worker)} if arguments.worker else {})
+        if output.is_terminal and not (arguments.once or arguments.json):
+            return await _LiveTree(arguments, target, output, client, params).run()
         tree = await client.request("GET", "/admin/tree", params=params)
         if arguments.json:
             await output.write(json_line(tree))
-            return exit_codes.OK
-        if arguments.once or not output.is_terminal:
+        else:
             await output.write("".join(f"{line}\n" for line in drawn(tree, output, with_inner=arguments.all)))
-            return exit_codes.OK
-        return await _LiveTree(arguments, target, output, client, params).run(tree)
+        return exit_codes.OK
 
 
 # The drawing
@@ -79,16 +90,15 @@ def _head(tree: Mapping[str, Any], output: Output) -> str:
 
 
 def _children(nodes: Sequence[Node], *, with_inner: bool) -> Mapping[str | None, list[Node]]:
-    """The drawn nodes by the drawn node above them. Nodes come after their parents."""
-    shown_above: dict[str | None, str | None] = {None: None}
+    """The drawn nodes by the drawn node above them."""
+    left_out = {it["id"]: it["parent"] for it in nodes if not with_inner and _is_inner(it)}
     children: dict[str | None, list[Node]] = {}
     for node in nodes:
-        above = shown_above.get(node["parent"])
-        if not with_inner and _is_inner(node):
-            shown_above[node["id"]] = above
-            continue
-        shown_above[node["id"]] = node["id"]
-        children.setdefault(above, []).append(node)
+        above = node["parent"]
+        while above in left_out:
+            above = left_out[above]
+        if node["id"] not in left_out:
+            children.setdefault(above, []).append(node)
     return children
 
 
@@ -154,7 +164,7 @@ def _seconds(duration_s: float) -> str:
 
 
 class _LiveTree:
-    """The drawing on a screen of its own, which is drawn anew with each look. ``_top`` is its first visible line."""
+    """The drawing on a screen of its own, which is drawn anew with each change. ``_top`` is its first visible line."""
 
     def __init__(
         self,
@@ -167,32 +177,62 @@ class _LiveTree:
         self.exit_code = exit_codes.OK
         self._with_inner = arguments.all
         self._target, self._output, self._client, self._params = target, output, client, params
+        self._model = TreeModel()
+        self._told_at = 0.0
+        self._has_changed = trio.Event()
         self._lines: list[str] = []
         self._trouble = ""
         self._top = 0
 
-    async def run(self, tree: Mapping[str, Any]) -> int:
-        """Draw until the user leaves. Returns the exit code."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
-        with raw_mode(0), trio.open_signal_receiver(*numbers) as signals, self._own_screen():
+    async def run(self) -> int:
+        """Draw until the user leaves. Returns the exit code. Raises: LastcallError, if the first stream is refused."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH)
+        with trio.open_signal_receiver(*numbers) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._take_signals, signals, nursery.cancel_scope)
-                nursery.start_soon(self._take_keys, nursery.cancel_scope)
-                while True:
-                    self._lines = drawn(tree, self._output, with_inner=self._with_inner)
-                    await self._draw()
-                    await trio.sleep(LOOK_S)
-                    tree = await self._look(tree)
+                nursery.start_soon(self._follow)
+                await self._has_changed.wait()
+                with raw_mode(0), self._own_screen():
+                    async with trio.open_nursery() as drawing:
+                        drawing.start_soon(self._take_keys, nursery.cancel_scope)
+                        drawing.start_soon(self._redraw)
         return self.exit_code
 
-    async def _look(self, tree: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            seen: Mapping[str, Any] = await self._client.request("GET", "/admin/tree", params=self._params)
-        except LastcallError as error:
-            _, self._trouble = explained(error, self._target)
-            return tree
-        self._trouble = ""
-        return seen
+    async def _follow(self) -> None:
+        """Follow the server's stream of changes, again and again. Raises: LastcallError, before the first snapshot."""
+        while True:
+            pause_s = AGAIN_S
+            try:
+                async with self._client.watch("/admin/tree/events", params=self._params) as events:
+                    async for event in events:
+                        self._take(event)
+                if not self._model.is_known:
+                    raise LastcallError("The stream of the tree has ended at once.", code="malformed_answer")
+                self._trouble = self._trouble or "the stream of the tree has ended"
+            except LastcallError as error:
+                if not self._model.is_known:
+                    raise
+                _, self._trouble = explained(error, self._target)
+                pause_s = max(pause_s, error.retry_after_s or 0)
+            self._has_changed.set()
+            await trio.sleep(pause_s)
+
+    def _take(self, event: Event) -> None:
+        self._model.take(event.type, event.data)
+        self._told_at = trio.current_time()
+        self._trouble = _ENDS.get(event.data["reason"], "") if event.type == "end" else ""
+        if self._model.is_known:
+            self._has_changed.set()
+
+    async def _redraw(self) -> None:
+        """Draw what has changed, and count the deadlines down."""
+        while True:
+            self._has_changed = trio.Event()
+            age_s = 0 if self._trouble else trio.current_time() - self._told_at
+            self._lines = drawn(self._model.tree(age_s=age_s), self._output, with_inner=self._with_inner)
+            await self._draw()
+            with trio.move_on_after(TICK_S):
+                await self._has_changed.wait()
 
     async def _draw(self) -> None:
         columns, rows = self._output.size()
@@ -220,7 +260,8 @@ class _LiveTree:
     async def _take_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         async for number in signals:
             if number == signal.SIGWINCH:
-                await self._draw()
+                if self._lines:
+                    await self._draw()
                 continue
             self.exit_code = 128 + number
             scope.cancel()

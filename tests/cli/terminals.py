@@ -11,7 +11,7 @@ import sys
 import termios
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,23 +228,25 @@ class Served:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, *, key: str = KEY) -> Any:
         """The JSON of an answer."""
-        return self._answer("GET", path, None)
+        return self._answer("GET", path, None, key)
 
     def post(self, path: str, body: object) -> Any:
         """The JSON of an answer."""
-        return self._answer("POST", path, body)
+        return self._answer("POST", path, body, KEY)
 
-    def _answer(self, method: str, path: str, body: object) -> Any:
-        key = {"Authorization": f"Bearer {KEY}"}
-        answer = httpx.request(method, f"{self.url}{path}", json=body, headers=key, trust_env=False)
+    def _answer(self, method: str, path: str, body: object, key: str) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.request(method, f"{self.url}{path}", json=body, headers=headers, trust_env=False)
         assert answer.is_success, answer.text
         return answer.json()
 
 
 @contextmanager
-def serving(folder: Path, settings: Mapping[str, str], *, config: str = "", port: int = 0) -> Iterator[Served]:
+def serving(
+    folder: Path, settings: Mapping[str, str], *, config: str = "", port: int = 0, arguments: Sequence[str] = ()
+) -> Iterator[Served]:
     """Run a server until the block is left: SIGTERM, unless it has ended by then; its exit code must be 0."""
     (folder / "lastcall.toml").write_text(_KEYS + config)
     env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
@@ -252,7 +254,7 @@ def serving(folder: Path, settings: Mapping[str, str], *, config: str = "", port
     env |= {"LASTCALL_STORE_URL": f"sqlite:{folder}/lastcall.db", **settings}
     log_path = folder / f"server-{port}.log"
     with log_path.open("wb") as log:
-        command = [sys.executable, "-m", "service", "serve"]
+        command = [sys.executable, "-m", "service", "serve", *arguments]
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 2 * CAP_S

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 import trio
 
+from service.api.operator.tree import VIEWERS_MAX
 from service.cli import client_commands
 from service.cli.main import main
 from service.client_settings import ClientSettingsError, read_target
@@ -185,16 +188,22 @@ def running_turn(server: Served, session: str) -> str | None:
     return found
 
 
-async def test_a_turn_whose_command_is_stopped_is_cancelled(server: Served, tmp_path: Path) -> None:
-    arguments = ["--url", server.url, "--session", "given-up", "--model", "endless"]
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGQUIT, 131)], ids=str
+)
+async def test_a_turn_whose_command_is_stopped_is_cancelled(
+    number: signal.Signals, code: int, server: Served, tmp_path: Path
+) -> None:
+    session = f"given-up-{code}"
+    arguments = ["--url", server.url, "--session", session, "--model", "endless"]
     async with program("-m", "service", "chat", "Talk", *arguments, folder=tmp_path) as (piped, output):
         with trio.fail_after(CAP_S):
-            while (turn := running_turn(server, "given-up")) is None:  # noqa: ASYNC110  another process sets no event
+            while (turn := running_turn(server, session)) is None:  # noqa: ASYNC110  another process sets no event
                 await trio.sleep(0.05)
-        piped.send_signal(signal.SIGTERM)
+        piped.send_signal(number)
         await output.until("You said[^\n]*\n")  # the line that had begun
-        assert await piped.wait() == 143
-    ended = server.get(f"/sessions/given-up/turns/{turn}")
+        assert await piped.wait() == code
+    ended = server.get(f"/sessions/{session}/turns/{turn}")
     assert (ended["state"], ended["reason"]) == ("cancelled", "requested")
 
 
@@ -321,6 +330,40 @@ async def test_a_second_ctrl_c_leaves_although_the_turn_has_not_ended(tmp_path: 
                 await hanging.asked_to_cancel.wait()
             await terminal.type("\x03")
             assert await terminal.ends() == 130
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_terminal_that_is_closed_leaves_the_turn_running(server: Served, tmp_path: Path) -> None:
+    arguments = ["chat", "--url", server.url, "--session", "left-alone", "--model", "endless"]
+    async with open_terminal(*arguments, folder=tmp_path) as terminal:
+        await terminal.shows(is_asking)
+        await terminal.type("Talk\r")
+        await terminal.shows("\nYou said")
+        terminal.process.send_signal(signal.SIGHUP)
+        assert await terminal.ends() == 129
+    turn = running_turn(server, "left-alone")
+    assert turn is not None
+    server.post(f"/sessions/left-alone/turns/{turn}/cancel", {})
+
+
+async def test_what_answers_and_is_no_lastcall_server_is_told(tmp_path: Path) -> None:
+    async def say_that_it_works(stream: trio.SocketStream) -> None:
+        async with stream:
+            received = b""
+            while b"\r\n\r\n" not in received:
+                received += await stream.receive_some(65536)
+            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/html\r\n\r\n"
+            await stream.send_all(head + b"<h1>It works!</h1>")
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, say_that_it_works, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        async with program("-m", "service", "sessions", "--url", url, folder=tmp_path) as (piped, output):
+            await output.until(f"lastcall: what answers at {url} does not speak as Lastcall does: [^\n]*no JSON.\n")
+            assert await piped.wait() == 76
+        async with open_terminal("tree", "--url", url, folder=tmp_path, columns=200) as terminal:
+            assert await terminal.ends() == 76
+        assert terminal.screen.text().endswith("answers no event stream.")
         nursery.cancel_scope.cancel()
 
 
@@ -482,13 +525,30 @@ def test_a_tree_in_a_pipe_is_drawn_once(
     server.post(f"/sessions/ash/turns/{turn}/cancel", {})
 
 
-async def test_a_tree_whose_server_is_drained_says_so_and_ctrl_c_leaves(
+async def test_a_tree_with_too_many_viewers_is_refused_for_the_moment(server: Served, tmp_path: Path) -> None:
+    url = f"{server.url}/admin/tree/events?nodes=10&interval_ms=5000"
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    async with httpx.AsyncClient(trust_env=False, timeout=CAP_S) as http, contextlib.AsyncExitStack() as viewers:
+        for _ in range(VIEWERS_MAX):
+            answer = await viewers.enter_async_context(http.stream("GET", url, headers=headers))
+            assert answer.status_code == 200
+        command = ["tree", "--url", server.url]
+        async with open_terminal(*command, folder=tmp_path, columns=200, LASTCALL_API_KEY=ADMIN_KEY) as terminal:
+            assert await terminal.ends() == 75
+    shown = terminal.screen.text()
+    assert shown.startswith(f"lastcall: {server.url} refuses for the moment: 16 viewers follow the tree already")
+
+
+async def test_a_tree_whose_server_is_drained_says_so_and_shows_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
-    with serving(tmp_path, {"LASTCALL_MODEL_URL": "scripted:"}) as server:
+    settings = {"LASTCALL_MODEL_URL": "scripted:"}
+    port = free_port()
+    with serving(tmp_path, settings, port=port) as server:
         command = ["tree", "--url", server.url]
         async with open_terminal(*command, folder=tmp_path, columns=150, LASTCALL_API_KEY=ADMIN_KEY) as terminal:
+            await terminal.shows(f"worker {server.process.pid} · serving")
             await terminal.shows("q leaves")
             drained = ["-m", "service", "drain", "--wait", "--url", server.url]
             async with program(*drained, folder=tmp_path) as (drain, output):
@@ -496,8 +556,38 @@ async def test_a_tree_whose_server_is_drained_says_so_and_ctrl_c_leaves(
                 assert await drain.wait() == 0
             assert server.process.wait(timeout=CAP_S) == 0
             await terminal.shows("old, because no server answers at")
-            await terminal.type("\x03")
-            assert await terminal.ends() == 130
+            with serving(tmp_path, settings, port=port) as again:
+                shown = await terminal.shows(f"worker {again.process.pid} · serving")
+                assert "old, because" not in shown
+                await terminal.type("\x1c")  # Ctrl+\
+                assert await terminal.ends() == 131
+
+
+async def test_a_drain_waits_until_all_workers_and_their_master_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
+    settings = {"LASTCALL_MODEL_URL": "scripted:", "LASTCALL_RELEASE_TIMEOUT_S": "30"}  # on a busy machine, too
+    with serving(tmp_path, settings, arguments=("--workers", "2")) as server:
+        with trio.fail_after(CAP_S):
+            while len(workers := workers_that_serve(server)) < 2:  # noqa: ASYNC110  other processes set no event
+                await trio.sleep(0.05)
+        async with program("-m", "service", "drain", "--wait", "--url", server.url, folder=tmp_path) as (drain, output):
+            await output.until("The server at .* drains; 2 processes stop as at SIGTERM: .*gone after [0-9.]+ s\n")
+            assert await drain.wait() == 0
+        assert not any(map(lives, workers))
+        assert server.process.wait(timeout=CAP_S) == 0
+
+
+def workers_that_serve(server: Served) -> list[int]:
+    """The process ids of the workers that have started."""
+    workers: list[dict[str, Any]] = server.get("/admin/tree?nodes=10", key=ADMIN_KEY)["workers"]
+    return [it["pid"] for it in workers if it["status"] == "serving"]
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process."""
+    return Path(f"/proc/{pid}").exists()
 
 
 # Without a server
