@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from service.errors import (
@@ -344,6 +344,8 @@ class Model:
         if turn.ephemeral:
             if turn.id not in self.turns:
                 return EndResult.ALREADY_KEPT
+            if turn.id in self.suspended:
+                return EndResult.LOST
             self.end_ephemeral(turn, now)
             return EndResult.KEPT
         is_open = turn.id in self.turns and self.turns[turn.id].is_open and turn.id not in self.suspended
@@ -886,8 +888,15 @@ def _patch(step: Update) -> SessionPatch:
     return SessionPatch(title=step.title, idle_timeout_s=step.idle_timeout_s)
 
 
+SUSPENDED_EPHEMERAL: list[Step] = [
+    *(BeginEphemeral("a", None, is_alone=True), Suspend((0,), "Hi"), End(0, "completed", "Hi", None), Adopt("a")),
+    End(0, "completed", "Hi", None),
+]
+
+
 @IN_PROCESS
 @histories
+@example(history=SUSPENDED_EPHEMERAL)
 @given(st.lists(steps, max_size=40))
 async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore, history: list[Step]) -> None:
     await _compare(open_store, history)
@@ -895,6 +904,7 @@ async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore
 
 @ON_A_SERVER
 @few_histories
+@example(history=SUSPENDED_EPHEMERAL)
 @given(st.lists(steps, max_size=40))
 async def test_a_store_on_a_server_does_what_a_simple_model_of_it_does(
     open_store: OpenStore, history: list[Step]
