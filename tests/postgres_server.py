@@ -124,8 +124,8 @@ class PostgresServer:
             self.drop(schema)
 
     def cut_connections(self) -> None:
-        """Cut the connections of all stores, as a restart of the server does."""
-        self.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        """Cut the connections of all stores, as a restart of the server does, and wait until they are gone."""
+        self.run("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
 
     def drop(self, schema: str) -> None:
         self.run("SET client_min_messages = warning", f"DROP SCHEMA IF EXISTS {schema} CASCADE")

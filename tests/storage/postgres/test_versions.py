@@ -136,7 +136,7 @@ def test_the_statements_of_an_earlier_version_work_on_the_newest_tables(
 
         @cache
         def connection(_: int) -> psycopg.Connection[Any]:
-            opened = connections.enter_context(psycopg.connect(postgres.url, autocommit=True))
+            opened = connections.enter_context(psycopg.connect(postgres.url, autocommit=True, prepare_threshold=None))
             opened.execute("SET lock_timeout = '10s'")
             return opened
 
