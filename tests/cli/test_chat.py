@@ -579,6 +579,46 @@ async def test_a_drain_waits_until_all_workers_and_their_master_are_gone(
         assert server.process.wait(timeout=CAP_S) == 0
 
 
+class _DrainedServer:
+    """A server that drains, and cuts each connection that asks for its workers then."""
+
+    def __init__(self) -> None:
+        self.has_cut_two = trio.Event()
+        self._cut: int | None = None
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        received = b""
+        async with stream:
+            while b"\r\n\r\n" not in received:
+                received += await stream.receive_some(65536)
+            if received.startswith(b"POST"):
+                self._cut = 0
+                answer: dict[str, Any] = {"workers": 2, "bounds_s": {"draining": 2, "total": CAP_S}}
+            elif self._cut is None:
+                answer = {"workers": [{"pid": 7, "started_at": "2026-01-31T09:30:00Z"}]}
+            else:
+                self._cut += 1
+                if self._cut == 2:
+                    self.has_cut_two.set()
+                return
+            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n"
+            await stream.send_all(head + json.dumps(answer).encode())
+
+
+async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tmp_path: Path) -> None:
+    drained = _DrainedServer()
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+    async with program("-m", "service", "drain", "--wait", "--url", url, folder=tmp_path) as (drain, output):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, drained.serve, [listener])
+            with trio.fail_after(CAP_S):
+                await drained.has_cut_two.wait()
+            nursery.cancel_scope.cancel()  # which closes the listener
+        await output.until("gone after [0-9.]+ s\n")
+        assert await drain.wait() == 0
+
+
 def workers_that_serve(server: Served) -> list[int]:
     """The process ids of the workers that have started."""
     workers: list[dict[str, Any]] = server.get("/admin/tree?nodes=10", key=ADMIN_KEY)["workers"]
