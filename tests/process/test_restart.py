@@ -26,6 +26,8 @@ from tests.upstreams.raw_server import Connection, delta, finish, open_raw_serve
 
 pytestmark = pytest.mark.parallel
 
+LAST_STOP = 'lastcall_last_shutdown_timestamp_seconds{result="clean"}'
+
 
 def without_settings(host: Host, folder: Path) -> Launch:
     """The launch of this host in this folder; its only setting is a free port."""
@@ -34,7 +36,9 @@ def without_settings(host: Host, folder: Path) -> Launch:
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, HYPERCORN_4], ids=str)
-async def test_without_any_settings_sessions_outlive_the_process(tmp_path: Path, host: Host) -> None:
+async def test_without_any_settings_sessions_and_the_result_of_the_stop_outlive_the_process(
+    tmp_path: Path, host: Host
+) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     launch = without_settings(host, folder)
@@ -48,6 +52,9 @@ async def test_without_any_settings_sessions_outlive_the_process(tmp_path: Path,
                     if name == "first":
                         body = {"message": "Hello", "session_id": "kept"}
                         assert (await client.post("/chat", json=body)).text.count("turn.completed") == 1
+                    else:
+                        while LAST_STOP not in (await client.get("/metrics")).text:  # noqa: ASYNC110  read beside the start
+                            await trio.sleep(0.05)
                     seen.append((await client.get("/sessions/kept")).json())
                     seen.append((await client.get("/sessions/kept/messages")).json())
                 server.signal_main(signal.SIGTERM)
