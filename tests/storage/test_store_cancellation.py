@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from service.models.client import Usage
-from service.storage import fork_path, memory
+from service.storage import fork_path
 from service.storage.postgres import forks as postgres_forks
 from service.storage.records import SessionPatch, SuspendedTurn, TurnRecord
 from service.storage.rules import revision_of
@@ -173,7 +173,7 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     copies_of = fork_path.copies_of
     monkeypatch.setattr(fork_path, "new_turn_id", new_turn_id)
     monkeypatch.setattr(fork_path, "copies_of", number)
-    monkeypatch.setattr(memory, "copies_of", number)
+    monkeypatch.setattr("service.storage.memory.store.copies_of", number)
     monkeypatch.setattr(sqlite_forks, "copies_of", number)
     monkeypatch.setattr(postgres_forks, "copies_of", number)
 

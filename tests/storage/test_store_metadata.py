@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.storage import memory, search
+from service.storage import search
 from service.storage.page_cursor import decode_session_cursor
 from service.storage.postgres import metadata as postgres_metadata
 from service.storage.records import SessionPatch, SessionStatus
@@ -111,7 +111,7 @@ async def test_a_listing_by_metadata_whose_time_is_over_tells_nothing_of_other_o
 ) -> None:
     for module in (search, metadata, postgres_metadata):
         monkeypatch.setattr(module, "SEARCH_S", 0)
-    monkeypatch.setattr(memory, "_LISTED_AT_ONCE", 1)
+    monkeypatch.setattr("service.storage.memory.store._LISTED_AT_ONCE", 1)
     monkeypatch.setattr(postgres_metadata, "ROWS_MAX", 1)
 
     async def pages(owner: str | None) -> list[tuple[list[str], bool, str | None]]:

@@ -13,8 +13,8 @@ from service.storage.postgres.store import PostgresStore
 from service.storage.records import Match, Page
 from service.storage.terms import query_terms
 from tests.postgres_server import PostgresServer
+from tests.storage.memory.test_memory_store import HELLO
 from tests.storage.rows import T0
-from tests.storage.test_memory_store import HELLO
 from tests.storage.test_store_search import add_session, add_turn, found, matches
 
 SMALL, MIDDLE, LARGE = (1 << bits for bits in documents.LEVELS)

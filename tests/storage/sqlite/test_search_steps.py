@@ -15,10 +15,10 @@ from service.storage import terms
 from service.storage.records import Match, Page, SessionPatch
 from service.storage.sqlite import SqliteStore, database, metadata, open_sqlite_store, search, sessions
 from service.storage.terms import query_terms
+from tests.storage.memory.test_memory_store import HELLO
 from tests.storage.rows import T0, a_session, a_turn, ended, said
 from tests.storage.sqlite.many_documents import fill
 from tests.storage.sqlite.test_waiting_turns import no_housekeeping
-from tests.storage.test_memory_store import HELLO
 from tests.storage.test_store_search import add_session, add_turn, found, index_at_once
 
 PAIRS = {"team": "blue"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from service.steps import Steps
 from service.storage import rules
-from service.storage.memory_sessions import KeptSession, KeptTurn
+from service.storage.memory.kept import KeptSession, KeptTurn
 from service.storage.records import Item, TurnRecord
 from service.storage.search import searched_texts
 from service.storage.terms import TERMS_MAX, document_terms

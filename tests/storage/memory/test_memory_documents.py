@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.steps import Steps, at_once
-from service.storage import memory_documents
-from service.storage.memory_documents import NOTED_COST_MAX, NOTED_MAX, Document, MemoryDocuments
+from service.storage.memory.documents import NOTED_COST_MAX, NOTED_MAX, Document, MemoryDocuments
 
 LONG_S = 60.0
 WORDS = ["one", "two", "three", "four"]
@@ -92,7 +91,7 @@ def test_few_long_documents_wait_for_the_next_search(text: str) -> None:
 
 
 def test_tasks_at_the_same_time_prepare_different_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_documents, "NOTED_MAX", 0)
+    monkeypatch.setattr("service.storage.memory.documents.NOTED_MAX", 0)
     documents = MemoryDocuments()
     numbers = [noted(documents, f"word{n}")[0] for n in range(3)]
     first, second, third, fourth = (documents.prepare_oldest() for _ in range(4))
@@ -167,7 +166,7 @@ def test_a_search_of_an_owner_prepares_and_walks_no_documents_of_others() -> Non
 )
 def test_tasks_that_prepare_at_once_find_what_a_scan_finds(actions: list[tuple[str, object]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_documents, "NOTED_MAX", 0)
+        patch.setattr("service.storage.memory.documents.NOTED_MAX", 0)
         check_against_a_scan(actions)
 
 

@@ -1,15 +1,14 @@
-"""What the memory store keeps: sessions with their turns and events, and the lists of sessions."""
+"""What the memory store keeps: sessions with their turns and events."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from operator import attrgetter
 
 from sortedcontainers import SortedList
 
 from service.steps import Steps
-from service.storage.records import AdoptedTurn, SessionRecord, SessionStatus, Siblings, TurnRecord
+from service.storage.records import AdoptedTurn, SessionRecord, Siblings, TurnRecord
 from service.storage.search import searched_texts
 
 _LOOKED_AT_ONCE = 100
@@ -150,48 +149,10 @@ class KeptSession:
             sibling.place -= 1
 
 
-@dataclass
-class ListedSessions:
-    """Sorted lists of sessions that are not marked as deleted: each is in the first list and in one of the others."""
+class KeptTurns(dict[str, KeptTurn]):
+    """All turns by their ids, with deleted ones that are not yet taken out of the lists."""
 
-    by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
-    running_by_age: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
-    idle_by_deadline: SortedList[tuple[datetime, str]] = field(default_factory=SortedList)
-
-    def add(self, session: SessionRecord) -> None:
-        self.by_age.add((session.created_at, session.id))
-        self._of_status(session).add(_status_key(session))
-
-    def remove(self, session: SessionRecord) -> None:
-        self.by_age.remove((session.created_at, session.id))
-        self._of_status(session).remove(_status_key(session))
-
-    def replace(self, session: SessionRecord, changed: SessionRecord) -> None:
-        self._of_status(session).remove(_status_key(session))
-        self._of_status(changed).add(_status_key(changed))
-
-    def count(self, status: SessionStatus | None, now: datetime) -> int:
-        running = 0 if status == "idle" else len(self.running_by_age)
-        return running if status == "running" else running + len(self.idle_by_deadline) - self.count_expired(now)
-
-    def count_expired(self, now: datetime) -> int:
-        # The highest character makes this key the last one of its moment: `expires_at <= now`.
-        return self.idle_by_deadline.bisect_right((now, "\U0010ffff"))
-
-    def _of_status(self, session: SessionRecord) -> SortedList[tuple[datetime, str]]:
-        return self.running_by_age if session.open_turns else self.idle_by_deadline
-
-
-def _status_key(session: SessionRecord) -> tuple[datetime, str]:
-    return (session.created_at if session.open_turns else session.expires_at, session.id)
-
-
-@dataclass
-class KeptKey:
-    """An idempotency key, and what was made with it; the session is None once it is removed."""
-
-    fingerprint: bytes
-    session: KeptSession | None
-    session_id: str
-    turn_id: str | None
-    first_turn_id: str | None
+    def find(self, turn_id: str) -> KeptTurn | None:
+        """The turn with this id; None if there is none, or if it is deleted."""
+        turn = self.get(turn_id)
+        return None if turn is None or turn.is_deleted() else turn

@@ -41,10 +41,13 @@ from service.models.client import Usage
 from service.steps import Steps, WorkTime, at_once, in_steps
 from service.storage import rules, search
 from service.storage.fork_path import ForkPath, copies_of, forked_session
-from service.storage.memory_deletions import CallAnswers, delete_from, find_turn, lost_terms, without_answers
-from service.storage.memory_documents import Document, MemoryDocuments
-from service.storage.memory_search import MemoryIndex
-from service.storage.memory_sessions import KeptEvents, KeptKey, KeptSession, KeptTurn, ListedSessions, TurnDeletion
+from service.storage.memory.deletions import CallAnswers, delete_from, find_turn, lost_terms, without_answers
+from service.storage.memory.documents import Document, MemoryDocuments
+from service.storage.memory.idempotency import Keys
+from service.storage.memory.kept import KeptEvents, KeptSession, KeptTurn, KeptTurns, TurnDeletion
+from service.storage.memory.listings import Listings
+from service.storage.memory.paths import Paths, found, measured
+from service.storage.memory.search import MemoryIndex
 from service.storage.page_cursor import (
     SessionPosition,
     TurnPosition,
@@ -120,21 +123,14 @@ class MemoryStore:
         self.standing = Standing()
         self._sessions_max = sessions_max
         self._sessions: dict[str, KeptSession] = {}
-        self._turns: dict[str, KeptTurn] = {}
-        self._listed = ListedSessions()
-        self._listed_of: dict[str, ListedSessions] = {}
-        """Those of each owner; with an empty name those without an owner."""
-        self._keys: dict[tuple[str, str], KeptKey] = {}
-        self._gone: deque[tuple[str, str]] = deque()
-        """Keys of things that are gone, before :meth:`forget_keys` has noted when."""
-        self._gone_at: deque[tuple[datetime, tuple[str, str]]] = deque()
+        self._turns = KeptTurns()
+        self._paths = Paths(self._sessions, self._turns)
+        self._listings = Listings()
+        self._keys = Keys()
         self._documents = MemoryDocuments()
         self._deleting = anyio.Lock()  # one deletion of turns at a time, because it marks its turns
         self._deletions: deque[TurnDeletion] = deque()
         """Those whose turns are not yet taken out of the lists."""
-        self._by_pair: dict[tuple[str | None, str, str], SortedList[tuple[datetime, str]]] = {}
-        """The sessions that are not marked as deleted, for each pair of their metadata: those of each owner, and those
-        of all owners under None."""
         self._suspended: dict[str, None] = {}
         """The sessions with suspended turns."""
 
@@ -153,7 +149,7 @@ class MemoryStore:
         if added:
             await self._add_with_turns(session, await in_steps(_with_events(added)), now, key)
         else:
-            self._keep_key(key, self._add(session, now))
+            self._keys.keep(key, self._add(session, now))
 
     async def _add_with_turns(
         self,
@@ -170,7 +166,7 @@ class MemoryStore:
             check()
             self._check_key(key, now)
             added = self._add(session, now, title_document=title_document)
-        self._keep_key(key, added)
+        self._keys.keep(key, added)
         for turn in turns:
             added.add(turn)
         self._turns |= {turn.record.id: turn for turn in added.turns}
@@ -221,10 +217,10 @@ class MemoryStore:
     ) -> Page[SessionRecord]:
         await anyio.lowlevel.checkpoint()
         work = WorkTime()
-        listed = self._listed_by(owner)
+        listed = self._listings.of(owner)
         order = listed.running_by_age if status == "running" else listed.by_age
         if metadata:
-            order = min((self._by_pair.get((owner, *pair), SortedList()) for pair in metadata.items()), key=len)
+            order = self._listings.with_metadata(owner, metadata)
         maximum = None
         if after is not None:
             position = decode_session_cursor(after)
@@ -265,7 +261,7 @@ class MemoryStore:
 
     async def count_sessions(self, *, status: SessionStatus | None, now: datetime, owner: str | None = None) -> int:
         await anyio.lowlevel.checkpoint()
-        return self._listed_by(owner).count(status, now)
+        return self._listings.of(owner).count(status, now)
 
     async def update_session(
         self, session_id: str, patch: SessionPatch, *, now: datetime, revisions: Collection[str] | None = None
@@ -298,7 +294,7 @@ class MemoryStore:
         if kept is None or not rules.is_titled(kept.record, session, now, is_deleted=kept.deleted):
             return False
         if source is not None:
-            turn = self._find_turn(source.turn_id)
+            turn = self._turns.find(source.turn_id)
             if turn is None or TitleSource.of(turn.record) != source:
                 title = None
         before = kept.record
@@ -312,7 +308,7 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         session = self._visible(session_id, now)
         rules.check_revision(session.record, revisions)
-        self._hide(session.record)
+        self._listings.remove(session.record)
         session.deleted = True
 
     async def is_marked(self, session_id: str) -> bool:
@@ -341,13 +337,7 @@ class MemoryStore:
 
     async def forget_keys(self, *, now: datetime, limit: int) -> bool:
         await anyio.lowlevel.checkpoint()
-        noted = [self._gone.popleft() for _ in range(min(limit, len(self._gone)))]
-        self._gone_at.extend((now, name) for name in noted)
-        until, forgotten = rules.forgotten_until(now), 0
-        while forgotten < limit and self._gone_at and self._gone_at[0][0] <= until:
-            del self._keys[self._gone_at.popleft()[1]]
-            forgotten += 1
-        return limit in (len(noted), forgotten)
+        return self._keys.forget(now, limit=limit)
 
     # Turns
 
@@ -378,9 +368,9 @@ class MemoryStore:
                 self._refuse_if_open(turn.session_id, turn.parent)
         kept = self._turns[turn.id] = KeptTurn(turn)
         siblings = session.add(kept)
-        self._keep_key(key, session, turn.id)
+        self._keys.keep(key, session, turn.id)
         self._replace(session, rules.begun(session.record, turn, now))
-        path = None if path_bytes_max is msgspec.UNSET else self._short_path(session, turn, path_bytes_max)
+        path = None if path_bytes_max is msgspec.UNSET else self._paths.short(session, turn, path_bytes_max)
         return BegunTurn(session.record, path, siblings)
 
     async def add_turns(
@@ -402,7 +392,7 @@ class MemoryStore:
                 session.add(turn)
                 self._turns[turn.record.id] = turn
             self._publish(session, *turns)
-            self._keep_key(key, session, added[-1].id, first_turn_id=added[0].id)
+            self._keys.keep(key, session, added[-1].id, first_turn_id=added[0].id)
             self._replace(session, rules.with_added(session.record, added, now))
             return session.record
 
@@ -438,7 +428,7 @@ class MemoryStore:
         deletion.is_done = True
         self._deletions.append(deletion)
         head = session.record.head
-        if head is not None and self._find_turn(head) is None:
+        if head is not None and self._turns.find(head) is None:
             head = first.record.parent
         session.remove(deletion.turns, others)
         self._note_edit(session, messages=messages, head=head)
@@ -473,7 +463,7 @@ class MemoryStore:
         """A turn that no other one follows, below the emptied turns that nothing else follows."""
         found, above = [last], last.record.parent
         while above is not None and len(session.children[above]) == 1:
-            turn = self._find_turn(above)
+            turn = self._turns.find(above)
             if turn is None or not turn.record.is_emptied:
                 break
             found.append(turn)
@@ -548,7 +538,7 @@ class MemoryStore:
 
     async def start_turn(self, turn_id: str, *, now: datetime) -> bool:
         await anyio.lowlevel.checkpoint()
-        turn = self._find_turn(turn_id)
+        turn = self._turns.find(turn_id)
         if turn is None or turn.is_suspended:
             return False
         turn.record = rules.started(turn.record, now)
@@ -559,7 +549,7 @@ class MemoryStore:
         await anyio.lowlevel.checkpoint()
         lost: list[str] = []
         for it in checkpoints:
-            turn = self._find_turn(it.turn_id)
+            turn = self._turns.find(it.turn_id)
             if turn is None or turn.is_suspended or not turn.record.is_open:
                 lost.append(it.turn_id)
             else:
@@ -575,7 +565,7 @@ class MemoryStore:
         after: int = 0,  # noqa: ARG002
     ) -> EndResult:
         await anyio.lowlevel.checkpoint_if_cancelled()
-        kept = self._find_turn(turn.id)
+        kept = self._turns.find(turn.id)
         if kept is None or kept.is_suspended or not kept.record.is_open:
             return rules.result_of_late_end(None if kept is None else kept.record, turn)
         session = self._sessions[kept.record.session_id]
@@ -599,12 +589,11 @@ class MemoryStore:
         session.removed += 1
         session.children.pop(turn.record.id, None)
         del self._turns[turn.record.id]
-        if turn.record.id in session.keys:
-            self._gone.append(session.keys.pop(turn.record.id))
+        self._keys.note_turn_gone(session, turn.record.id)
 
     async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
         await anyio.lowlevel.checkpoint()
-        found = [(it, self._find_turn(it.turn.id)) for it in suspended]
+        found = [(it, self._turns.find(it.turn.id)) for it in suspended]
         for it, turn in found:
             if turn is not None and turn.record.is_open and not turn.is_suspended:
                 session = self._sessions[turn.record.session_id]
@@ -661,7 +650,7 @@ class MemoryStore:
 
     async def find_open_turn(self, session_id: str, turn_id: str) -> OpenTurn | None:
         await anyio.lowlevel.checkpoint()
-        turn = self._find_turn(turn_id)
+        turn = self._turns.find(turn_id)
         if turn is None or turn.record.session_id != session_id or not turn.record.is_open:
             return None
         if self._sessions[session_id].deleted:
@@ -685,7 +674,7 @@ class MemoryStore:
 
     async def find_session_of(self, turn_id: str) -> str | None:
         await anyio.lowlevel.checkpoint()
-        turn = self._find_turn(turn_id)
+        turn = self._turns.find(turn_id)
         return None if turn is None else turn.record.session_id
 
     async def list_turns(
@@ -717,7 +706,7 @@ class MemoryStore:
         session = self._sessions.get(session_id)
         if session is None:
             return Places()
-        turns = [turn for turn in map(self._find_turn, turn_ids) if turn and turn.record.session_id == session_id]
+        turns = [turn for turn in map(self._turns.find, turn_ids) if turn and turn.record.session_id == session_id]
         counts = session.children
         return Places(
             session.record.head,
@@ -726,14 +715,14 @@ class MemoryStore:
 
     async def read_path(self, session_id: str, turn_id: str, *, bytes_max: int | None) -> Sequence[TurnRecord]:
         await anyio.lowlevel.checkpoint()
-        return await in_steps(self._newest_of_path(session_id, turn_id, bytes_max))
+        return await in_steps(self._paths.newest(session_id, turn_id, bytes_max))
 
     async def measure_path(self, session_id: str, turn_id: str) -> LeftOut:
-        return await in_steps(_measured(await self.read_path(session_id, turn_id, bytes_max=None)))
+        return await in_steps(measured(await self.read_path(session_id, turn_id, bytes_max=None)))
 
     async def find_on_path(self, session_id: str, turn_id: str, *, among: Collection[str]) -> set[str]:
         await anyio.lowlevel.checkpoint()
-        return await in_steps(_found(self._path_down(session_id, turn_id), set(among)))
+        return await in_steps(found(self._paths.down(session_id, turn_id), set(among)))
 
     async def list_path(
         self, session_id: str, turn_id: str, *, limit: int, first: str | None, bytes_max: int | None = None
@@ -747,7 +736,7 @@ class MemoryStore:
         self, session_id: str, turn_id: str, *, after: int = 0, length_max: int = PAGE_LENGTH_MAX
     ) -> EventsPage:
         await anyio.lowlevel.checkpoint()
-        turn = self._find_turn(turn_id)
+        turn = self._turns.find(turn_id)
         if turn is None or turn.record.session_id != session_id:
             return EventsPage(after=after)
         if turn.record.events_deleted:
@@ -826,8 +815,7 @@ class MemoryStore:
             session.documents.remove(turn.document)
         self._forget(turn)
         del self._turns[turn_id]
-        if turn_id in session.keys:
-            self._gone.append(session.keys.pop(turn_id))
+        self._keys.note_turn_gone(session, turn_id)
 
     def _publish_title(self, session: KeptSession, number: int | None = None) -> None:
         title = session.record.title
@@ -869,7 +857,7 @@ class MemoryStore:
             if not newer.record.is_open:
                 continue
             left -= 1
-            for record in self._path_down(session.record.id, newer.record.id):
+            for record in self._paths.down(session.record.id, newer.record.id):
                 looked_at += 1
                 if record.id == turn.record.id or looked_at > rules.PATHS_LOOKED_AT_MAX:
                     return newer.record.id
@@ -880,22 +868,6 @@ class MemoryStore:
     def _note_edit(self, session: KeptSession, *, messages: int, head: str | None) -> None:
         session.edits += 1
         self._replace(session, rules.with_deleted(session.record, messages=messages, head=head))
-
-    def _short_path(self, session: KeptSession, turn: TurnRecord, bytes_max: int | None) -> Sequence[TurnRecord] | None:
-        """The path to a turn that has just begun; None if it is too long for one step of the event loop."""
-        if len(session.turns) > rules.SHORT_PATH_TURNS:
-            return None
-        bound, down, read = rules.PathBound(bytes_max), [turn], 0
-        bound.takes(turn.message_bytes)
-        for earlier in self._path_down(turn.session_id, turn.parent):
-            size = earlier.message_bytes
-            if not bound.takes(size):
-                break
-            read += size
-            if read > rules.SHORT_PATH_BYTES:
-                return None
-            down.append(earlier)
-        return down[::-1]
 
     def _newest(
         self,
@@ -927,36 +899,6 @@ class MemoryStore:
                 return found, maximum
             yield
 
-    def _newest_of_path(self, session_id: str, turn_id: str, bytes_max: int | None) -> Steps[list[TurnRecord]]:
-        """The newest turns of a path that a :class:`~service.storage.rules.PathBound` takes, root first.
-
-        Empty if the session is removed meanwhile, as in other stores.
-        """
-        session = self._sessions.get(session_id)
-        edits = session.edits if session is not None else 0
-        bound = rules.PathBound(bytes_max)
-        newest: list[TurnRecord] = []
-        for turn in self._path_down(session_id, turn_id):
-            if not bound.takes(0 if bytes_max is None else turn.message_bytes):
-                break
-            newest.append(turn)
-            yield
-            if self._sessions.get(session_id) is not session:
-                return []
-            if session is not None and session.edits != edits:  # turns or items were deleted meanwhile: anew
-                return (yield from self._newest_of_path(session_id, turn_id, bytes_max))
-        newest.reverse()
-        return newest
-
-    def _path_down(self, session_id: str, turn_id: str | None) -> Iterator[TurnRecord]:
-        next_id = turn_id
-        while next_id is not None:
-            turn = self._find_turn(next_id)
-            if turn is None or turn.record.session_id != session_id:
-                return
-            yield turn.record
-            next_id = turn.record.parent
-
     def _visible(self, session_id: str, now: datetime) -> KeptSession:
         session = self._sessions.get(session_id)
         if session is None or not rules.is_visible(session.record, now, is_deleted=session.deleted):
@@ -983,14 +925,12 @@ class MemoryStore:
                 retry_after_s=_ROOM_AFTER_S,
             )
         added = self._sessions[session.id] = KeptSession(session)
-        for listed in self._lists_of(session):
-            listed.add(session)
-        self._add_pairs(session)
+        self._listings.add(session)
         self._publish_title(added, title_document)
         return added
 
     def _check_key(self, key: IdempotencyKey | None, now: datetime) -> None:
-        made = None if key is None else self._keys.get((key.caller, key.key))
+        made = self._keys.find(key)
         if made is None:
             return
         session = made.session
@@ -1000,27 +940,11 @@ class MemoryStore:
             session_id=made.session_id,
             turn_id=made.turn_id,
             first_turn_id=made.first_turn_id,
-            is_gone=not exists or (made.turn_id is not None and self._find_turn(made.turn_id) is None),
+            is_gone=not exists or (made.turn_id is not None and self._turns.find(made.turn_id) is None),
         )
 
-    def _keep_key(
-        self,
-        key: IdempotencyKey | None,
-        session: KeptSession,
-        turn_id: str | None = None,
-        first_turn_id: str | None = None,
-    ) -> None:
-        if key is not None:
-            name = (key.caller, key.key)
-            self._keys[name] = KeptKey(key.fingerprint, session, session.record.id, turn_id, first_turn_id)
-            session.keys[turn_id] = name
-
-    def _find_turn(self, turn_id: str) -> KeptTurn | None:
-        turn = self._turns.get(turn_id)
-        return None if turn is None or turn.is_deleted() else turn
-
     def _turn_of(self, session_id: str, turn_id: str) -> KeptTurn:
-        turn = self._find_turn(turn_id)
+        turn = self._turns.find(turn_id)
         if turn is None or turn.record.session_id != session_id:
             raise TurnNotFoundError(turn_id)
         return turn
@@ -1030,65 +954,32 @@ class MemoryStore:
         if turn_id is None:
             return
         self._turn_of(session_id, turn_id)
-        path = self._path_down(session_id, turn_id)
+        path = self._paths.down(session_id, turn_id)
         still_open = rules.find_open((turn.id, turn.state, turn.started_at) for turn in path)
         if still_open is not None:
             raise TurnInProgressError(still_open, **instead)
 
     def _remove_expired(self, now: datetime, limit: int) -> int:
-        expired = self._listed.idle_by_deadline[: min(limit, self._listed.count_expired(now))]
-        for _, session_id in expired:
+        expired = self._listings.expired(now, limit=limit)
+        for session_id in expired:
             self._remove(self._sessions[session_id])
         return len(expired)
 
     def _replace(self, session: KeptSession, record: SessionRecord) -> None:
         if not session.deleted:
-            for listed in self._lists_of(record):
-                listed.replace(session.record, record)
-            if session.record.metadata != record.metadata:
-                self._remove_pairs(session.record)
-                self._add_pairs(record)
+            self._listings.replace(session.record, record)
         session.record = record
-
-    def _add_pairs(self, session: SessionRecord) -> None:
-        for pair in _pairs_of(session):
-            self._by_pair.setdefault(pair, SortedList()).add((session.created_at, session.id))
-
-    def _remove_pairs(self, session: SessionRecord) -> None:
-        for pair in _pairs_of(session):
-            self._by_pair[pair].remove((session.created_at, session.id))
-            if not self._by_pair[pair]:
-                del self._by_pair[pair]
-
-    def _hide(self, session: SessionRecord) -> None:
-        self._remove_pairs(session)
-        for listed in self._lists_of(session):
-            listed.remove(session)
-        if not self._listed_by(session.owner).by_age:
-            self._listed_of.pop(session.owner, None)
 
     def _remove(self, session: KeptSession) -> None:
         if not session.deleted:
-            self._hide(session.record)
+            self._listings.remove(session.record)
         self._forget_title(session, session.record.title)
         for turn in session.turns:
             self._forget(turn)
             del self._turns[turn.record.id]
         del self._sessions[session.record.id]
         self._suspended.pop(session.record.id, None)
-        for name in session.keys.values():
-            self._keys[name].session = None
-        self._gone.extend(session.keys.values())
-        session.keys.clear()  # deleted turns are taken out later
-
-    def _lists_of(self, session: SessionRecord) -> Iterator[ListedSessions]:
-        if session.ephemeral:
-            return
-        yield self._listed
-        yield self._listed_of.setdefault(session.owner, ListedSessions())
-
-    def _listed_by(self, owner: str | None) -> ListedSessions:
-        return self._listed if owner is None else self._listed_of.get(owner, ListedSessions())
+        self._keys.note_session_gone(session)
 
 
 def _after(turns: Sequence[KeptTurn], after: str | None, *, limit: int) -> tuple[Sequence[KeptTurn], bool]:
@@ -1105,10 +996,6 @@ def _page_of(rows: Sequence[R], turns: Sequence[KeptTurn], *, more: bool) -> Pag
     return Page(data=tuple(rows), next=cursors[-1] if cursors and has_next else None, cursors=cursors)
 
 
-def _pairs_of(session: SessionRecord) -> Iterator[tuple[str | None, str, str]]:
-    return ((owner, *pair) for pair in session.metadata.items() for owner in (None, session.owner))
-
-
 def _title(title: str) -> Iterable[str]:
     return (title,)
 
@@ -1120,26 +1007,6 @@ def _with_events(added: Sequence[TurnRecord]) -> Steps[list[KeptTurn]]:
         runs = rules.events_at_once(turn.output)
         turns.append(KeptTurn(turn, tuple(_pages_of(runs)), last_seq(runs)))
     return turns
-
-
-def _found(path_down: Iterable[TurnRecord], missing: set[str]) -> Steps[set[str]]:
-    found: set[str] = set()
-    for turn in path_down:
-        yield
-        if not missing:
-            break
-        if turn.id in missing:
-            missing.remove(turn.id)
-            found.add(turn.id)
-    return found
-
-
-def _measured(path: Sequence[TurnRecord]) -> Steps[LeftOut]:
-    measured = LeftOut()
-    for turn in path:
-        yield
-        measured += turn.in_prompts
-    return measured
 
 
 def _pages_of(runs: Sequence[Run]) -> Iterator[KeptEvents]:

@@ -13,10 +13,10 @@ from trio.testing import assert_checkpoints
 
 from service.errors import SessionExistsError, SessionLimitError, SessionNotFoundError
 from service.steps import Steps, at_once
-from service.storage import memory_deletions, rules
-from service.storage.memory import MemoryStore, open_memory_store
-from service.storage.memory_documents import NOTED_MAX, Document, MemoryDocuments
-from service.storage.memory_search import MemoryIndex
+from service.storage import rules
+from service.storage.memory import MemoryStore, deletions, open_memory_store
+from service.storage.memory.documents import NOTED_MAX, Document, MemoryDocuments
+from service.storage.memory.search import MemoryIndex
 from service.storage.pieces import Run, unpack
 from service.storage.records import EndResult, LeftOut, Match, Page, SessionPatch, SessionRecord, SessionStatus
 from service.storage.search import SearchQuery, search_page
@@ -85,7 +85,7 @@ async def test_a_listing_looks_at_a_few_sessions_in_each_step_and_misses_none_th
     monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     monkeypatch.setattr("service.steps.STEP_S", 0)
-    monkeypatch.setattr("service.storage.memory._LISTED_AT_ONCE", at_once)
+    monkeypatch.setattr("service.storage.memory.store._LISTED_AT_ONCE", at_once)
     async with open_memory_store() as store:
         for n in range(100):
             lives = n % 10 == 3
@@ -122,7 +122,7 @@ async def test_a_page_of_events_costs_the_page_and_not_the_turn(monkeypatch: pyt
             unpacked.append(packed)
             return unpack(packed)
 
-        monkeypatch.setattr("service.storage.memory.unpack", note)
+        monkeypatch.setattr("service.storage.memory.store.unpack", note)
         for seq in (0, 1, 54_321, len(texts) - 1):
             unpacked.clear()
             page = await store.read_events("s", "t", after=seq)
@@ -357,7 +357,8 @@ async def test_the_search_index_keeps_nothing_of_sessions_that_are_gone() -> Non
         assert set(store._documents._numbers[""]) == {"title", "1", "2", "hello", "hi"}
         await store.delete_expired(now=at(2 * IDLE_TIMEOUT_S), limit=10)
         left = store._documents
-        assert (left._numbers, left._documents, left._owners, left._noted, store._by_pair) == ({}, {}, {}, {}, {})
+        assert (left._numbers, left._documents, left._owners, left._noted) == ({}, {}, {}, {})
+        assert store._listings._by_pair == {}
 
 
 async def test_a_listing_looks_at_its_owners_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +398,7 @@ async def test_a_listing_looks_at_its_owners_sessions_only(monkeypatch: pytest.M
 async def test_nothing_is_left_of_a_turn_that_loses_an_item_and_then_its_session(
     monkeypatch: pytest.MonkeyPatch, searches: bool
 ) -> None:
-    monkeypatch.setattr(memory_deletions, "TERMS_MAX", 3)  # so that the turn has terms beside those that count
+    monkeypatch.setattr(deletions, "TERMS_MAX", 3)  # so that the turn has terms beside those that count
     async with open_memory_store() as store:
         await store.create_session(a_session(), now=T0)
         turn = a_turn(texts=["hello one two", "three four"])

@@ -5,8 +5,8 @@ from itertools import islice
 
 from service.steps import Steps
 from service.storage import rules
-from service.storage.memory_documents import MemoryDocuments
-from service.storage.memory_sessions import KeptSession
+from service.storage.memory.documents import MemoryDocuments
+from service.storage.memory.kept import KeptSession
 from service.storage.records import SessionRecord
 from service.storage.search import Found, SearchQuery
 
