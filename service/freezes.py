@@ -133,6 +133,8 @@ class FreezeWatch(trio.abc.Instrument):
             did_not_run_s = late_s - self._sample_cpu(now)
             if not self._counts_frozen_time():
                 self._call_all(Lateness(trio.current_time(), did_not_run_s >= FROZEN_S))
+                # The calls delay the event loop, too. If that counted, thousands of them would lead to the next ones.
+                self._seen_at += self._sample_cpu(now)
         elif now >= self._sample_at:
             self._sample_cpu(now)
 

@@ -259,6 +259,24 @@ async def test_a_busy_event_loop_leaves_time_for_reading_once(
     assert scope.cancelled_caught
 
 
+async def test_the_work_of_moving_deadlines_is_no_delay_that_moves_them_again(
+    watched: None, mock_clock: MockClock, cpu: CpuClock
+) -> None:
+    """With thousands of turns that work takes longer than LATE_S: each round would follow from the one before."""
+    calls: list[Lateness] = []
+
+    def on_late(lateness: Lateness) -> None:
+        calls.append(lateness)
+        cpu.ran_s += 2 * LATE_S
+        mock_clock.jump(2 * LATE_S)
+
+    with calling_when_late(on_late):
+        mock_clock.jump(2 * LATE_S)
+        for _ in range(5):
+            await trio.lowlevel.checkpoint()
+    assert len(calls) == 1
+
+
 async def test_a_late_round_leaves_deadlines_that_are_far_away(watched: None, mock_clock: MockClock) -> None:
     with move_on_after(1000) as scope:
         mock_clock.jump(60)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import trio
 
-from service.freezes import Deadline, Lateness, calling_when_late, check_for_freeze
+from service.freezes import THAW_S, Deadline, Lateness, calling_when_late, check_for_freeze
 from service.lagging_deadlines import EXACT_S, DeadlineMover, lagging
 from service.sessions.events import outcome
 
@@ -129,6 +129,8 @@ class TurnDeadlines:
 
     def note_late(self, lateness: Lateness) -> None:
         """Move the deadlines after a delay of the event loop, so that the model's data is read first."""
+        if min(self._silence.at, self._run.at, self._abandoned.at) >= lateness.now + THAW_S:
+            return  # none moves: with thousands of turns the rest would take so long that the event loop is late again
         before, self.scope.deadline = self.scope.deadline, inf
         # Read with the deadline at inf, because reading it after the deadline cancels the scope.
         if self.scope.cancel_called:

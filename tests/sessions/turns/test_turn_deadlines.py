@@ -9,6 +9,7 @@ import trio
 from trio.testing import MockClock
 
 from service.freezes import READING_S, THAW_S, Lateness
+from service.lagging_deadlines import lagging
 from service.sessions.events.outcome import Cancelled, Failed, Outcome
 from service.sessions.turns.turn_deadlines import TurnDeadlines
 
@@ -133,6 +134,21 @@ async def test_a_delay_after_the_work_was_stopped_moves_nothing(mock_clock: Mock
     mock_clock.jump(30)
     deadlines.note_late(Lateness(trio.current_time(), was_frozen=True))
     assert deadlines.scope.deadline == before
+
+
+@pytest.mark.parametrize("was_frozen", [True, False])
+async def test_a_delay_touches_no_deadline_that_is_far_away(mock_clock: MockClock, *, was_frozen: bool) -> None:
+    deadlines = TurnDeadlines()
+    deadlines.start(THAW_S + 20)
+    with lagging(deadlines) as mover:
+        deadlines.begin_to_lag(mover)
+        deadlines.expect_token("next_token_timeout", within_s=THAW_S + 2)
+        mock_clock.jump(0.5)
+        deadlines.expect_token("next_token_timeout", within_s=THAW_S + 2)
+        lags_at = deadlines.scope.deadline
+        assert lags_at == THAW_S + 2
+        deadlines.note_late(Lateness(trio.current_time(), was_frozen))
+        assert deadlines.scope.deadline == lags_at
 
 
 async def test_a_repr_names_the_deadline_that_passes_first(mock_clock: MockClock) -> None:
