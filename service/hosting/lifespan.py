@@ -153,7 +153,7 @@ class Hosting(Host):
         )
         self._peer_door = PeerDoor()
         self._listener_shutdown = ListenerShutdown(worker, self._listeners, self._peer_door)
-        app.extensions[WORKERS] = lambda: worker.master.workers if worker.master is not None else ()
+        app.extensions[WORKERS] = self._listener_shutdown.workers
         app.extensions[ASK_STOP] = self._ask_stop
         app.extensions[SUCCESSORS] = lambda: worker.master.successors if worker.master is not None else ()
         master = worker.master

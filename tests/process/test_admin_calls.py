@@ -91,6 +91,10 @@ async def test_a_drain_stops_both_workers_also_where_the_one_that_is_asked_stops
         turn = await client.post("/sessions/s/turns", json={"input": "Hi", "background": True})
         assert turn.status_code == 202
         os.kill(pid, signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            assert await statuses_by_another(server.port, pid) == {"draining", "serving"}, (
+                "no master has told it of this"
+            )
         answer = await client.post("/admin/drain", json={})
         assert answer.status_code == 202
         with trio.fail_after(CAP_S):
@@ -114,6 +118,17 @@ async def test_viewers_that_read_nothing_do_not_keep_others_out(tmp_path: Path) 
             with trio.fail_after(CAP_S):
                 await server.wait_logged("answers were given up")
             await wait_until(partial(has_room, client))
+
+
+async def statuses_by_another(port: int, pid: int) -> set[str]:
+    """The status of all workers, as another worker than this one shows them once it knows that this one stops."""
+    while True:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=CAP_S) as client:
+            snapshot = (await client.get("/admin/tree?nodes=10")).json()
+        workers = {worker["pid"]: worker["status"] for worker in snapshot["workers"]}
+        if snapshot["worker"]["pid"] != pid and workers.get(pid) == "draining":
+            return set(workers.values())
+        await trio.sleep(0.05)  # a worker that starts or stops needs the processor
 
 
 async def has_room(client: httpx.AsyncClient) -> bool:

@@ -6,10 +6,12 @@ held back during the drain, and each new client gets an answer. Proven by
 ``tests/hosting/listeners/test_closing.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import msgspec
 import trio
 
+from service.cluster.workers import KnownWorker
 from service.hosting.hypercorn.worker import Worker
 from service.hosting.listeners.listeners import Listeners
 from service.hosting.listeners.peer_port import PeerDoor
@@ -67,6 +69,16 @@ class ListenerShutdown:
     def show_serving(self) -> None:
         """Show the other workers that this worker serves."""
         self._beacon.show(WorkerStatus.SERVING)
+
+    def workers(self) -> Sequence[KnownWorker]:
+        """All workers of the service, as the master has told them; it does not tell of one that stops by itself."""
+        master = self._worker.master
+        return [self._as_shown(worker) for worker in master.workers] if master is not None else ()
+
+    def _as_shown(self, worker: KnownWorker) -> KnownWorker:
+        if worker.status == "serving" and self._beacon.stops(worker.pid):
+            return msgspec.structs.replace(worker, status="draining")
+        return worker
 
     async def leave_clients_to_others(self) -> None:
         """Take no clients while this worker drains and others serve. The caller cancels this when the listeners close.

@@ -61,6 +61,10 @@ class StatusBeacon:
         """Whether a worker with this process id shows a status."""
         return any(self._is_shown(status * _RANGE + pid, 1) for status in WorkerStatus)
 
+    def stops(self, pid: int) -> bool:
+        """Whether another worker with this process id shows that it drains or leaves."""
+        return any(self._is_shown(it * _RANGE + pid, 1) for it in (WorkerStatus.DRAINING, WorkerStatus.LEAVING))
+
     def _is_shown(self, start: int, length: int) -> bool:
         if self._file is None:
             return False

@@ -108,6 +108,8 @@ def test_another_process_shows_its_last_status(common: str, status: WorkerStatus
         assert others(beacon) == [status]
         assert beacon.shows_any(other.pid)
         assert not beacon.shows_any(other.pid + 1)
+        assert beacon.stops(other.pid) == (status in (WorkerStatus.DRAINING, WorkerStatus.LEAVING))
+        assert not beacon.stops(other.pid + 1)
 
 
 def test_a_look_opens_nothing_however_much_the_other_workers_have_open(common: str) -> None:
