@@ -15,11 +15,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Generator
-from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 
 import trio
+
+from bench.watched_server import run_server
 
 STREAMS = 10
 ROUNDS = 20
@@ -272,28 +273,12 @@ def serve(counter: Counter) -> None:
     }
     # The service measures its own delays and steps with these.
     time.perf_counter = time.thread_time = clock.current_time
-    run_server(feeder, clock)
 
+    def feed(_app: Any, port: int) -> list[trio.abc.Instrument]:
+        feeder.port = port
+        return [feeder]
 
-def run_server(feeder: Feeder, clock: StandingClock) -> None:
-    import hypercorn.trio  # noqa: PLC0415  after the clocks have been replaced
-    from hypercorn.config import Config  # noqa: PLC0415
-
-    from service.hosting.application import create_hosted_app  # noqa: PLC0415
-    from service.hosting.listeners.bind import bind_addresses  # noqa: PLC0415
-    from service.settings import load_settings  # noqa: PLC0415
-    from service.telemetry.logging import configure_logging  # noqa: PLC0415
-
-    settings = load_settings()
-    configure_logging(settings)
-    config = Config()
-    config.worker_class = "trio"
-    config.bind = [settings.bind]
-    bind_addresses(config)
-    with socket.socket(fileno=os.dup(int(config.bind[0].removeprefix("fd://")))) as bound:
-        feeder.port = bound.getsockname()[1]
-    app = create_hosted_app(lambda: settings)
-    trio.run(partial(hypercorn.trio.serve, app, config, mode="asgi"), clock=clock, instruments=[feeder])
+    run_server(feed, clock=clock)
 
 
 COUNTERS: dict[str, Callable[[], Counter]] = {"bytecodes": BytecodeCounter, "instructions": CallgrindCounter}

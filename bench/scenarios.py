@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench import capacity, end, expiry, first_token, herd, idle, relay, requests, shutdown, store, store_rows
+from bench import capacity, end, expiry, first_token, herd, idle, relay, requests, shutdown, store, store_rows, tree
 from bench.contenders import Contender, choose
 from bench.pairs import Pairing
 from bench.shutdown import CAP_S, Case, run_case, special, steady
@@ -230,6 +230,14 @@ async def _measure_end(programme: Programme, place: Place, repeat: int) -> Async
             yield row
 
 
+async def _measure_tree(programme: Programme, place: Place, repeat: int) -> AsyncGenerator[Any, None]:
+    (contender,) = choose(["lastcall"])
+    turns = programme.streams[0] if programme.streams else 100 if programme.size == "quick" else tree.TURNS
+    window_s = 1.0 if programme.size == "quick" else tree.WINDOW_S
+    for row in await tree.measure_contender(contender, place, repeat=repeat, turns=turns, window_s=window_s):
+        yield row
+
+
 _SCENARIOS = {
     "shutdown": _measure_shutdown,
     "relay": _measure_relay,
@@ -241,6 +249,7 @@ _SCENARIOS = {
     "expiry": _measure_expiry,
     "end": _measure_end,
     "store": _measure_store,
+    "tree": _measure_tree,
 }
 NAMES = tuple(_SCENARIOS)
 TABLES = {
@@ -253,6 +262,7 @@ TABLES = {
     "expiry": expiry.TABLE,
     "end": end.TABLE,
     "store": store_rows.TABLE,
+    "tree": tree.TABLE,
 }
 PAIRINGS: dict[str, Pairing] = {
     "shutdown": shutdown.PAIRING,

@@ -44,6 +44,7 @@ SIZES = {
     "herd": ("--streams", "5"),
     "first-token": ("--streams", "2"),
     "store": ("--streams", "2"),
+    "tree": ("--streams", "20"),
 }
 
 
@@ -73,6 +74,17 @@ def test_each_scenario_runs_and_reports(tmp_path: Path, scenario: str) -> None:
             ("cancel", 20),
             ("deadline", 20),
         }
+    if scenario == "tree":
+        by_window = {row["what"]: row for row in rows}
+        looked = ("the first look", "one viewer", "one viewer, cancels", "four viewers")
+        assert by_window.keys() == {"nobody looks", "nobody looks again", *looked}
+        assert by_window["nobody looks"]["steps"] == 0
+        assert by_window["nobody looks again"]["steps"] <= 1, "once in half a minute a task asks whether anybody looks"
+        assert all(by_window[what]["steps"] > 0 and by_window[what]["tree_share"] > 0 for what in looked)
+        assert all(by_window[what]["tasks"] > 20 for what in looked[:2])
+        cancels = by_window["one viewer, cancels"]
+        assert cancels["cancelled"] > 0
+        assert cancels["gone_ms"][2] > 0
     if scenario == "store":
         assert [row["lost"] for row in rows] == [0] * len(rows)
         kinds = ("memory", "sqlite", "postgresql") if binaries() is not None else ("memory", "sqlite")
