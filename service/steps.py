@@ -19,8 +19,13 @@ STEP_S = 0.003
 """The approximate time after which other tasks run."""
 
 
-async def in_steps(steps: Steps[T]) -> T:
-    """Do the work, and let other tasks run in between. After a cancellation the rest of the work is never done."""
+async def in_steps(steps: Steps[T], *, step_s: float | None = None) -> T:
+    """Do the work, and let other tasks run in between. After a cancellation the rest of the work is never done.
+
+    Args:
+        step_s: The approximate time after which other tasks run; :data:`STEP_S` if None.
+    """
+    step_max_s = STEP_S if step_s is None else step_s
     began_at = time.perf_counter()
     while True:
         try:
@@ -28,7 +33,7 @@ async def in_steps(steps: Steps[T]) -> T:
         except StopIteration as done:
             result: T = done.value
             return result
-        if time.perf_counter() - began_at >= STEP_S:
+        if time.perf_counter() - began_at >= step_max_s:
             await anyio.lowlevel.checkpoint()
             began_at = time.perf_counter()
 

@@ -1048,7 +1048,7 @@ class Sessions:
     def describe(self, notes: Notes) -> Steps[None]:
         """Tell the live tree of the open turns and streams."""
         notes.name(self._nursery, Node(parent=None, kind="nursery", name="sessions"))
-        yield from note_turns(self._active.open_turns_by_session(), notes)
+        yield from note_turns(self._active.each_open_turn(), notes)
         yield from note_streams(self.streams, notes)
 
     # Steps of the calls

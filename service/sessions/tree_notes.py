@@ -1,20 +1,20 @@
 """What the live tree shows of sessions: the open turns, and the open event streams with their places in the logs."""
 
 from collections.abc import Iterable
-from functools import partial
+
+import msgspec
 
 from service.ids import owner_of, public_id
-from service.sessions.active.session import ActiveSession
 from service.sessions.events.streams import Streams, StreamSlot
 from service.sessions.turns.turn import Turn
 from service.steps import Steps
 from service.telemetry.tree_nodes import Node, Notes
 
 
-def note_turns(turns: Iterable[tuple[ActiveSession, Turn]], notes: Notes) -> Steps[None]:
+def note_turns(turns: Iterable[Turn], notes: Notes) -> Steps[None]:
     """Name the scopes in which turns do their work. A turn whose task has not begun has no such scope yet."""
-    for _, turn in turns:
-        notes.name(turn.deadlines.scope, _node_of_turn(turn, notes), end=partial(_end_of, turn))
+    for turn in turns:
+        notes.name(turn.deadlines.scope, _node_of_turn(turn, notes), end=_End(turn))
         yield
 
 
@@ -46,10 +46,13 @@ def _node_of_turn(turn: Turn, notes: Notes) -> Node:
     )
 
 
-def _end_of(turn: Turn) -> str:
-    if turn.is_suspended:
-        return "suspended"
-    return turn.state
+class _End(msgspec.Struct, gc=False):
+    """How a turn has ended. There is one for each open turn, and the garbage collector knows of none."""
+
+    turn: Turn
+
+    def __call__(self) -> str:
+        return "suspended" if self.turn.is_suspended else self.turn.state
 
 
 def _node_of_stream(slot: StreamSlot, notes: Notes) -> Node:

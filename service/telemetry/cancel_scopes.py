@@ -39,6 +39,11 @@ def is_over(task: trio.lowlevel.Task) -> bool:
     return task._cancel_status is None
 
 
+def was_left(scope: trio.CancelScope) -> bool:
+    """Whether the task that has entered a scope has left it again."""
+    return scope._cancel_status is None
+
+
 def is_cancelled(task: trio.lowlevel.Task) -> bool:
     """Whether the next checkpoint of a task raises, because of any scope around it."""
     status: Any = task._cancel_status

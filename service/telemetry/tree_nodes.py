@@ -1,6 +1,6 @@
 """The nodes of the live tree, and what the parts of the service say about them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -50,6 +50,27 @@ class Node(msgspec.Struct, omit_defaults=True, kw_only=True, gc=False):
     left_out: int = 0
 
 
+class Noted(msgspec.Struct, gc=False):
+    """A thing that is shown below another one, and those that were noted before it.
+
+    The garbage collector does not know of it. With thousands of pairs in lists each look would make the collector run.
+    """
+
+    thing: object
+    node: Node
+    before: "Noted | None"
+
+    def in_order(self) -> "Sequence[Noted]":
+        """This one and those before it, in the order in which they were noted."""
+        found: list[Noted] = []
+        noted: Noted | None = self
+        while noted is not None:
+            found.append(noted)
+            noted = noted.before
+        found.reverse()
+        return found
+
+
 class Notes:
     """What the parts of the service say about one snapshot: which tasks and scopes are theirs, and what hangs below.
 
@@ -58,14 +79,14 @@ class Notes:
 
     Attributes:
         named: The node of a task or a scope that stands for something of the service, without its id and parent.
-        below: What is shown below a task, a scope or another thing, each with its node; below None: the process.
+        below: What is shown below a task, a scope or another thing, the last one first; below None: the process.
         ends: How a thing that is in ``named`` has ended, for the look that finds it gone.
     """
 
     def __init__(self, epoch: float) -> None:
         self._epoch = epoch
         self.named: dict[object, Node] = {}
-        self.below: dict[object, list[tuple[object, Node]]] = {}
+        self.below: dict[object, Noted] = {}
         self.ends: dict[object, Callable[[], str]] = {}
 
     def moment(self, at: float) -> float:
@@ -73,14 +94,14 @@ class Notes:
         return round(at - self._epoch, 3)
 
     def name(self, thing: object, node: Node, *, end: Callable[[], str] | None = None) -> None:
-        """Say what a task or a scope is."""
+        """Say what a task or a scope is. ``end`` is kept from look to look, and is called once the thing has gone."""
         self.named[thing] = node
         if end is not None:
             self.ends[thing] = end
 
     def add(self, thing: object, node: Node, *, below: object) -> None:
         """Say what else lives, and below which task, scope or other thing it is shown. None stands for the process."""
-        self.below.setdefault(below, []).append((thing, node))
+        self.below[below] = Noted(thing, node, self.below.get(below))
 
 
 Source = Callable[[Notes], Iterator[None]]

@@ -5,7 +5,7 @@ import inspect
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from service.telemetry.cancel_scopes import is_cancelled, is_over, scopes_in, was_cancelled
+from service.telemetry.cancel_scopes import is_cancelled, is_over, scopes_in, was_cancelled, was_left
 
 
 def test_trio_still_tells_no_scopes_of_a_task() -> None:
@@ -39,7 +39,11 @@ async def test_the_scopes_of_a_task_are_told_from_the_outermost_and_those_of_its
             assert not is_cancelled(seen[0])
             outer.cancel()
             assert is_cancelled(seen[0])
+            assert not was_left(outer)
+            assert not was_left(nursery.cancel_scope)
     assert scopes_in(us) == before
+    assert was_left(outer)
+    assert was_left(nursery.cancel_scope)
     assert (is_over(seen[0]), scopes_in(seen[0]), is_cancelled(seen[0])) == (True, [], False)
 
 

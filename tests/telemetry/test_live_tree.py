@@ -1,11 +1,17 @@
 """The live tree: what a look finds, what stays the same from look to look, and what looks cost."""
 
 import gc
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from itertools import islice
+from math import inf
+from types import FrameType
+from typing import Any, TypeVar, cast
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -17,6 +23,8 @@ from service.telemetry.live_tree import KEPT_S, LiveTree, plain_name
 from service.telemetry.tree_nodes import Node, Notes
 from service.telemetry.tree_views import View
 from tests.longest_step import watching_steps
+
+T = TypeVar("T")
 
 LOOKS = 5
 LOOK_STEP_MAX_S = 0.005
@@ -37,6 +45,8 @@ def path_to(nodes: Sequence[Node], node: Node) -> list[str]:
 
 
 async def look(tree: LiveTree) -> Sequence[Node]:
+    """The nodes of a walk, however soon after the last one."""
+    tree._walk_at = -inf
     return (await tree.look(max_age_s=-1)).nodes
 
 
@@ -160,6 +170,54 @@ async def test_the_task_of_a_turn_is_the_turn() -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_look_between_two_walks_leaves_out_what_has_gone_and_a_walk_finds_what_has_come() -> None:
+    tree, scopes = LiveTree(), [trio.CancelScope() for _ in range(3)]
+
+    async def work(scope: trio.CancelScope) -> None:
+        with scope, trio.CancelScope():
+            await trio.sleep_forever()
+        await trio.sleep_forever()  # as a session whose next turn is about to begin
+
+    def source(notes: Notes) -> Steps[None]:
+        for number, scope in enumerate(scopes):
+            notes.name(scope, Node(parent=None, kind="turn", name=f"turn {number}"), end=lambda: "cancelled")
+        yield
+
+    tree.add_source(source)
+    async with trio.open_nursery() as nursery:
+        for scope in scopes:
+            nursery.start_soon(work, scope, name="session s")
+        await wait_all_tasks_blocked()
+        walk = await tree.look(max_age_s=-1)
+        first = walk.nodes
+        tree._walk_at = inf  # a walk is expensive
+        nursery.start_soon(trio.sleep_forever, name="one that has come")
+        scopes[1].cancel()
+        await wait_all_tasks_blocked()
+        turn = named(first, "turn 1")
+        gone = {turn.id, *(node.id for node in first if node.parent == turn.id)}
+        assert len(gone) == 2
+        between = await tree.look(max_age_s=-1)
+        ours = [node for node in first if node.id not in gone]
+        assert [node for node in between.nodes if node in ours] == between.nodes
+        assert {node.name for node in between.nodes} >= {"turn 0", "turn 2", "session s"}
+        assert (between.tasks, len(between.depths)) == (walk.tasks, len(between.nodes))
+        assert tree.ends == {turn.id: "cancelled"}
+        tree._walk_at = -inf
+        assert "one that has come" in {node.name for node in await look(tree)}
+        nursery.cancel_scope.cancel()
+    assert tree.ends == {turn.id: "cancelled"}
+
+
+async def test_the_next_look_waits_a_little_for_a_walk_and_no_longer() -> None:
+    tree = LiveTree()
+    snapshot = await tree.look(max_age_s=-1)
+    at = snapshot.at
+    for walk_in_s, look_in_s in ((0.1, 0.25), (0.3, 0.3), (0.5, 0.25)):
+        tree._walk_at = at + walk_in_s
+        assert tree.next_look_at(snapshot, interval_s=0.25) == at + look_in_s
+
+
 async def test_viewers_share_a_look_and_a_look_that_is_given_up_spoils_nothing() -> None:
     tree = LiveTree()
     snapshots: list[int] = []
@@ -219,14 +277,25 @@ def chain_and_leaves(leaves: int) -> list[Node]:
     return [*nodes, Node(id="4", parent="1", kind="task", name="u"), Node(id="5", parent="4", kind="task", name="v")]
 
 
+def depths_of(nodes: Sequence[Node]) -> Sequence[int]:
+    depths: dict[str, int] = {}
+    for node in nodes:
+        depths[node.id] = 0 if node.parent is None else depths[node.parent] + 1
+    return list(depths.values())
+
+
+def shown_of(nodes: Sequence[Node], *, under: str | None = None, nodes_max: int = 100) -> Sequence[Node] | None:
+    return at_once(View(under=under, nodes_max=nodes_max).of(nodes, depths_of(nodes)))
+
+
 def test_a_view_within_its_bound_has_the_nodes_near_the_root_and_counts_the_others() -> None:
     nodes = chain_and_leaves(100)
-    shown = at_once(View(under=None, nodes_max=10).of(nodes))
+    shown = shown_of(nodes, nodes_max=10)
     assert shown is not None
     assert len(shown) == 10
     assert {"1", "2", "4"} <= {node.id for node in shown}
     assert sum(node.left_out for node in shown) == len(nodes) - 10
-    assert at_once(View(under=None, nodes_max=200).of(nodes)) is nodes
+    assert shown_of(nodes, nodes_max=200) is nodes
     ids = {node.id for node in shown}
     assert all(node.parent is None or node.parent in ids for node in shown)
     assert not any(node.left_out for node in nodes), "the snapshot's own nodes are as they were"
@@ -234,10 +303,11 @@ def test_a_view_within_its_bound_has_the_nodes_near_the_root_and_counts_the_othe
 
 def test_a_view_of_a_part_has_this_part() -> None:
     nodes = chain_and_leaves(3)
-    shown = at_once(View(under="2", nodes_max=100).of(nodes))
+    shown = shown_of(nodes, under="2")
     assert shown is not None
     assert [node.id for node in shown] == ["2", "300000", "300001", "300002"]
-    assert at_once(View(under="77", nodes_max=100).of(nodes)) is None
+    assert [node.id for node in shown_of(nodes, under="4") or ()] == ["4", "5"], "the last one"
+    assert shown_of(nodes, under="77") is None
 
 
 def test_changes_have_the_fields_that_changed_and_the_ids_that_have_gone() -> None:
@@ -257,6 +327,126 @@ def test_changes_have_the_fields_that_changed_and_the_ids_that_have_gone() -> No
 
 
 # What it costs
+
+STEP_BYTECODES_MAX = 20_000
+"""As far as a step may go, by the bytecodes of Python that it executes: half a millisecond or so."""
+
+
+class StepCounter:
+    """Does work in steps, and counts the bytecodes of each step: on any machine the same in every run."""
+
+    def __init__(self) -> None:
+        self.longest = self.steps = self._count = 0
+
+    def do(self, work: Steps[T]) -> T:
+        while True:
+            self._count = 0
+            sys.settrace(self._on_call)
+            try:
+                next(work)
+            except StopIteration as done:
+                return cast("T", done.value)
+            finally:
+                sys.settrace(None)
+                self.steps += 1
+                self.longest = max(self.longest, self._count)
+
+    def _on_call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._on_opcode
+
+    def _on_opcode(self, frame: FrameType, event: str, arg: Any) -> Any:
+        self._count += event == "opcode"
+        return self._on_opcode
+
+
+async def run_turn(number: int, scopes: dict[int, trio.CancelScope]) -> None:
+    with trio.CancelScope() as scopes[number], trio.move_on_after(1000):
+        await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def turns_in(tree: LiveTree, count: int) -> AsyncIterator[None]:
+    """So many tasks with a named scope each, in one nursery, and below one thing a connection for each of them."""
+    scopes: dict[int, trio.CancelScope] = {}
+    client = object()
+
+    def source(notes: Notes) -> Steps[None]:
+        notes.add(client, Node(parent=None, kind="model_client", name="client"), below=None)
+        for number in range(len(scopes)):
+            scope = scopes[number]
+            notes.name(scope, Node(parent=None, kind="turn", name=f"turn {number}"), end=Ended())
+            notes.add(scope, Node(parent=None, kind="model_connection", name="idle"), below=client)
+            yield
+
+    tree.add_source(source)
+    async with trio.open_nursery() as nursery:
+        for number in range(count):
+            nursery.start_soon(run_turn, number, scopes, name=f"session s{number}")
+        await wait_all_tasks_blocked()
+        yield
+        nursery.cancel_scope.cancel()
+
+
+class Ended(msgspec.Struct, gc=False):
+    def __call__(self) -> str:
+        return "cancelled"
+
+
+@pytest.mark.parametrize("count", [150, 900])
+async def test_no_step_of_a_look_grows_with_the_number_of_tasks(count: int) -> None:
+    tree, view, counter = LiveTree(), View(under=None, nodes_max=count), StepCounter()
+
+    def look() -> live_tree.Snapshot:
+        snapshot = live_tree.Snapshot(1, 0.0, 0.0)
+        counter.do(tree._walk(snapshot))
+        seen = counter.do(view.look(snapshot.nodes, snapshot.depths))
+        assert seen is not None
+        return snapshot
+
+    async with turns_in(tree, count):
+        assert len(look().nodes) > 3 * count, "all are new"
+        last = look()
+    counter.do(tree._leave_out_gone(live_tree.Snapshot(1, 0.0, 0.0), last))
+    assert len(tree.ends) == count
+    look()  # all have gone
+    counter.do(tree._forget())
+    assert counter.longest < STEP_BYTECODES_MAX
+    assert counter.steps > count / 10
+
+
+async def test_looks_make_few_objects_that_start_the_garbage_collector() -> None:
+    """A full collection in a server with thousands of turns takes longer than any step may: looks are not its cause."""
+    tree, count = LiveTree(), 1000
+
+    def objects_of_a_look() -> int:
+        before = most = gc.get_count()[0]
+        for _ in tree._walk(live_tree.Snapshot(1, 0.0, 0.0)):
+            most = max(most, gc.get_count()[0])
+        return most - before
+
+    async with turns_in(tree, count):
+        gc.collect()
+        gc.disable()
+        try:
+            assert objects_of_a_look() < count / 4
+            assert objects_of_a_look() < count / 4
+        finally:
+            gc.enable()
+
+
+async def test_what_a_look_has_found_is_the_same_after_one_that_was_given_up() -> None:
+    tree = LiveTree()
+    async with turns_in(tree, 100):
+        first = await look(tree)
+        for steps in (5, 50, 110, 130):
+            given_up = tree._walk(live_tree.Snapshot(1, 0.0, 0.0))
+            assert len(list(islice(given_up, steps))) == steps
+            given_up.close()
+        before = {node.id: node for node in first}
+        again = await look(tree)
+        assert [node.id for node in again if node.kind != "scope"] == [it.id for it in first if it.kind != "scope"]
+        assert sum(before.get(node.id) is node for node in again) >= len(first) - 3, "but for this test's own scopes"
 
 
 @contextmanager
@@ -279,7 +469,8 @@ async def test_a_look_at_five_thousand_tasks_takes_short_steps() -> None:
     tree, view = LiveTree(), View(under=None, nodes_max=20_000)
 
     async def look_once(finished: trio.Event) -> None:
-        seen = await in_steps(view.look((await tree.look(max_age_s=-1)).nodes))
+        snapshot = await tree.look(max_age_s=-1)
+        seen = await in_steps(view.look(snapshot.nodes, snapshot.depths), step_s=live_tree.STEP_S)
         assert seen is not None
         assert len(seen[0]) > 10_000
         finished.set()

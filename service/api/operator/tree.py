@@ -19,7 +19,7 @@ from quart.wrappers.response import ResponseBody
 from quart_trio.wrappers import TrioResponse
 
 from service.api.http.admin_access import CrossSiteError
-from service.api.http.app_state import current_service, encoded_response
+from service.api.http.app_state import current_service, encoded_response, no_content
 from service.api.http.event_stream import ENDS_UNREAD, HEADERS, MEDIA_TYPE, LastPiece
 from service.api.http.operations import Answer, operation
 from service.api.http.proxy import is_from_peer, pass_to
@@ -43,7 +43,7 @@ from service.errors import NodeNotFoundError, StreamLimitError, WorkerNotFoundEr
 from service.steps import in_steps
 from service.stop_state import Phase
 from service.supervisor import Service
-from service.telemetry.live_tree import Snapshot
+from service.telemetry.live_tree import STEP_S, Snapshot
 from service.telemetry.tree_nodes import Node
 from service.telemetry.tree_views import Difference, View
 
@@ -83,11 +83,9 @@ async def get_live_tree() -> TrioResponse:
     snapshot = await service.tree.look(max_age_s=SHARED_S)
     etag = f'"{_id_of(snapshot)}"'
     if request.headers.get("If-None-Match") == etag:
-        response = TrioResponse(b"", 304, {"ETag": etag, "Cache-Control": "no-store"})
-        response.headers.pop("Content-Type", None)
-        return response
+        return no_content(304, {"ETag": etag, "Cache-Control": "no-store"})
     view = View(under=None if query.under is UNSET else query.under, nodes_max=query.nodes)
-    nodes = await in_steps(view.of(snapshot.nodes))
+    nodes = await in_steps(view.of(snapshot.nodes, snapshot.depths), step_s=STEP_S)
     if nodes is None:
         raise NodeNotFoundError
     await trio.lowlevel.checkpoint()  # the answer is a step of its own
@@ -203,7 +201,7 @@ class TreeStream(ResponseBody):
             return self._end("replaced" if self._stop.is_replaced else "shutdown")
         with self._stop.until(Phase.RELEASING):
             snapshot = await self._tree.look(max_age_s=self._interval_s / 2)
-            seen = await in_steps(self._view.look(snapshot.nodes))
+            seen = await in_steps(self._view.look(snapshot.nodes, snapshot.depths), step_s=STEP_S)
             if seen is None:
                 return self._end("gone")
             nodes, difference = seen

@@ -54,7 +54,7 @@ class WorkerShown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """What the look has cost.
+    """How often there is a look, what the last walk through the tree has cost, and the longest step since.
 
     ``{"interval_s": 0.25, "took_ms": 12.1, "cpu_ms": 9.8, "longest_step_ms": 1.2}``
     """

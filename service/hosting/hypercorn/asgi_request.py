@@ -55,7 +55,10 @@ class OpenRequests(dict[Request, trio.lowlevel.Task]):
 
     def describe(self, notes: Notes) -> Steps[None]:
         """Tell the live tree which tasks answer requests. A path is told as its route: without ids."""
-        for request, task in tuple(self.items()):
+        for request in tuple(self):
+            task = self.get(request)
+            if task is None:
+                continue  # it has ended since the last step
             rule = request.url_rule
             path = "" if rule is None else " " + path_template(rule)
             notes.name(task, Node(parent=None, kind="request", name=f"{request.method}{path}"))

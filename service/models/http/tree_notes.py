@@ -9,7 +9,11 @@ def note_connections(transport: Transport, notes: Notes, *, upstream: str) -> St
     """Show the connections of a transport. Their names have neither a path nor a query nor a user: no secret."""
     client = Node(parent=None, kind="model_client", name=f"model client {upstream}", upstream=upstream)
     notes.add(transport, client, below=None)
-    for connection, (task, since) in tuple(transport.at_work.items()):
+    for connection in tuple(transport.at_work):
+        work = transport.at_work.get(connection)
+        if work is None:
+            continue  # it has ended since the last step
+        task, since = work
         notes.add(
             connection,
             Node(

@@ -76,6 +76,11 @@ class ActiveSessions:
         """The turns that run or are queued."""
         return [turn for _, turn in self.open_turns_by_session()]
 
+    def each_open_turn(self) -> Iterator[Turn]:
+        """The same turns, one by one: for a caller that lets other tasks run meanwhile. Some may have ended by then."""
+        for session in tuple(self._sessions.values()):
+            yield from session.turns.copy()
+
     def open_turns_by_session(self) -> list[tuple[ActiveSession, Turn]]:
         """The turns that run or are queued, each with its session."""
         return [(session, turn) for session in self._sessions.values() for turn in session.turns]
