@@ -61,7 +61,7 @@ from service.sessions.events.replay import Replays
 from service.sessions.events.streams import Streams
 from service.sessions.items import ItemsPage, PlacedItem, items_down, items_up
 from service.sessions.messages import MessageRecord, Position, page_of_messages, turns_needed
-from service.sessions.statistics import SessionsStatistics
+from service.sessions.statistics import SessionsStatistics, TurnsMeasured
 from service.sessions.titles import Titles
 from service.sessions.tree_notes import note_streams, note_turns
 from service.sessions.turns.turn import CLIENT_RETURNS_S, Turn, Watch
@@ -99,6 +99,7 @@ _ADOPTIONS_MAX = 3
 """How often a call looks for a suspended turn. Another process, or another call here, may adopt it meanwhile."""
 _ADOPTED_AT_ONCE = 100
 """The turns of so many sessions are adopted side by side, where no client asks for them."""
+_MEASURED_A_STEP = 100
 _NEW_SUSPENDED_MAX = 1000
 """How many sessions with suspended turns one run of the recovery finds beside those that it knows."""
 ADOPTION_PAUSE_S = 60.0
@@ -961,6 +962,17 @@ class Sessions:
     def open_turns(self) -> list[Turn]:
         """The turns that are queued or running."""
         return self._active.open_turns()
+
+    def measure_turns(self) -> Steps[TurnsMeasured]:
+        """Measure the open turns, in steps: with thousands of them the event loop would stand still."""
+        running = log_bytes = 0
+        for count, turn in enumerate(self._active.each_open_turn(), 1):
+            running += turn.running
+            log_bytes += turn.log.size
+            if not count % _MEASURED_A_STEP:
+                yield
+        queued = max(self._active.turns_open - running, 0)  # others have begun and ended since the first step
+        return TurnsMeasured(running=running, queued=queued, log_bytes=log_bytes)
 
     async def recover(self) -> int:
         """End the turns of processes that have died. Returns their number.

@@ -9,6 +9,19 @@ from service.sessions.active.pending_writes import PendingWrites
 from service.sessions.events.streams import Streams
 
 
+class TurnsMeasured(msgspec.Struct, frozen=True, kw_only=True):
+    """What the open turns are and hold.
+
+    Attributes:
+        queued: Turns that do not run yet, and turns that are being accepted.
+        log_bytes: The sizes of their logs, as they count against the bound.
+    """
+
+    running: int
+    queued: int
+    log_bytes: int
+
+
 class SessionsStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot. Ends and streams count since the start.
 

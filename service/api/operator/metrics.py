@@ -26,7 +26,7 @@ async def metrics() -> TrioResponse:
     """
     gauges = current_service().gauges
     await gauges.count_sessions()
-    gauges.measure()
+    await gauges.measure()
     text = await in_steps(exposed(gauges.metrics.memory))
     hold_answer(len(text))
     return TrioResponse(text, 200, {"Cache-Control": "no-store"}, content_type=MEDIA_TYPE)
