@@ -25,11 +25,16 @@ export function treeCanopy(canvas, { model, onChoose, onPoint, signal }) {
   let boxes = []; // by level: [{from, to, node}], from the left to the right
   let levels = 1;
 
+  /** The theme's colours as a canvas takes them: a custom property itself is not computed (`light-dark(…)`). */
   function readColours() {
     const style = getComputedStyle(canvas);
-    colours = Object.fromEntries(Object.entries(TONES).map(([tone, name]) => [tone, style.getPropertyValue(name).trim()]));
-    colours.red = style.getPropertyValue("--red").trim();
-    colours.mark = style.getPropertyValue("--ink").trim();
+    const computed = (name) => {
+      canvas.style.color = `var(${name})`;
+      return style.color;
+    };
+    colours = Object.fromEntries(Object.entries(TONES).map(([tone, name]) => [tone, computed(name)]));
+    colours.red = computed("--red");
+    colours.mark = computed("--ink");
   }
 
   /** Lays the boxes out: a leaf is one part wide, an owner as wide as all its leaves. */
