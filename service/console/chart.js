@@ -16,9 +16,10 @@ const TABLE_ROWS = 12;
  * @param {string} options.about what the figures say, in one sentence
  * @param {{name: string, label: string, tone: string}[]} options.series
  * @param {(value: number) => string} options.format
+ * @param {(value: number) => string} options.scaleFormat of the chart's top, which is a round number
  * @param {number} options.top the least value that the chart's top may have, so that noise does not look like a load
  */
-export function chart({ title, about, series, format, top }) {
+export function chart({ title, about, series, format, scaleFormat = format, top }) {
   const now = new Map(series.map(({ name }) => [name, h("dd", { text: "–" })]));
   const legend = h("dl", { class: "chart-legend" });
   for (const { name, label, tone } of series)
@@ -66,7 +67,7 @@ export function chart({ title, about, series, format, top }) {
     const scale = roundAbove(Math.max(top, ...found) * 0.999);
     for (const { name } of series) lines.get(name).setAttribute("d", path(points, name, scale, place));
     if (series.length === 1) area.setAttribute("d", filled(points, series[0].name, scale, place));
-    write(highest, format(scale));
+    write(highest, scaleFormat(scale));
     write(span, `${Math.round((to - since) / 60_000)} min ago`);
     const last = points.at(-1);
     show(last);

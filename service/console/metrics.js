@@ -4,7 +4,7 @@ import { mayPass, pause, refusal, set, whenShown, write } from "./admin.js";
 import { chart } from "./chart.js";
 import { h } from "./dom.js";
 import { figuresOf, gaugesOf, zerosOf } from "./figures.js";
-import { bytes, count, duration } from "./format.js";
+import { boundWords, bytes, count, duration } from "./format.js";
 import { parse } from "./prometheus.js";
 
 const INTERVAL_MS = 2000;
@@ -20,6 +20,7 @@ function figure(number) {
 }
 
 const seconds = (value) => duration(value * 1000);
+const roundSeconds = (value) => boundWords(value * 1000);
 
 const CHARTS = [
   {
@@ -42,6 +43,7 @@ const CHARTS = [
       { name: "firstToken95", label: "p95", tone: "second" },
     ],
     format: seconds,
+    scaleFormat: roundSeconds,
     top: 0.1,
   },
   {
@@ -79,6 +81,7 @@ const CHARTS = [
       { name: "lag99", label: "p99", tone: "second" },
     ],
     format: seconds,
+    scaleFormat: roundSeconds,
     top: 0.01,
   },
 ];
