@@ -16,7 +16,7 @@ export async function mount(root, context) {
     rename,
     remove,
     changed: (session) => list.put(session),
-    tell: (id) => tabs.postMessage({ changed: id }),
+    tell,
     go: (id) => context.go(id),
     back: () => context.go(),
     gone(id) {
@@ -25,6 +25,12 @@ export async function mount(root, context) {
     },
   });
   root.append(list.element, talk.element);
+
+  /** Tells other tabs. A conversation may end its work after the view is gone, and with it this channel. */
+  function tell(id) {
+    if (!signal.aborted) tabs.postMessage({ changed: id });
+  }
+
   let shown = null;
 
   async function show([id = ""]) {
@@ -72,7 +78,7 @@ export async function mount(root, context) {
   }
 
   async function changed(id) {
-    tabs.postMessage({ changed: id });
+    tell(id);
     if (id === shown) await talk.refresh();
   }
 

@@ -4,12 +4,10 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
 import termios
-import time
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -19,6 +17,8 @@ from typing import Any
 
 import httpx
 import trio
+
+from tests.kept_server import SERVE, kept_server
 
 CAP_S = 60
 """Bound of each wait: a program takes a second to start, and many times that on a busy machine."""
@@ -247,25 +247,11 @@ class Served:
 def serving(
     folder: Path, settings: Mapping[str, str], *, config: str = "", port: int = 0, arguments: Sequence[str] = ()
 ) -> Iterator[Served]:
-    """Run a server until the block is left: SIGTERM, unless it has ended by then; its exit code must be 0."""
-    (folder / "lastcall.toml").write_text(_KEYS + config)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
-    env |= {"LASTCALL_BIND": f"127.0.0.1:{port}", "LASTCALL_LOG_FORMAT": "json"}
-    env |= {"LASTCALL_STORE_URL": f"sqlite:{folder}/lastcall.db", **settings}
-    log_path = folder / f"server-{port}.log"
-    with log_path.open("wb") as log:
-        command = [sys.executable, "-m", "service", "serve", *arguments]
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 2 * CAP_S
-        while (found := re.search(r"Running on (http://[0-9.:]+)", log_path.read_text())) is None:
-            assert process.poll() is None, log_path.read_text()
-            assert time.monotonic() < deadline, log_path.read_text()
-            time.sleep(0.02)
-        yield Served(found[1], process)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=CAP_S) == 0, log_path.read_text()
-    finally:
-        process.kill()
-        process.wait(timeout=CAP_S)
+    """Run a server with the keys of these tests until the block is left; it may be stopped in the block.
+
+    Args:
+        arguments: Those of ``lastcall serve``.
+    """
+    settings = {"bind": f"127.0.0.1:{port}", "store_url": f"sqlite:{folder}/lastcall.db"} | dict(settings)
+    with kept_server(folder, settings, config=_KEYS + config, command=(*SERVE, *arguments)) as (url, process):
+        yield Served(url, process)

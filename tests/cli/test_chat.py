@@ -436,8 +436,8 @@ async def test_a_lost_connection_is_told_and_the_reply_goes_on_where_it_was(serv
 
 async def test_a_reply_goes_on_after_a_restart_of_the_server_and_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     async with open_model() as model:
-        settings = {"LASTCALL_MODEL_URL": model.url, "LASTCALL_MODEL": "example", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
-        settings |= {"LASTCALL_MODEL_CONTINUATION": "trailing"}
+        settings = {"model_url": model.url, "model": "example", "drain_timeout_s": "0"}
+        settings |= {"model_continuation": "trailing"}
         port = free_port()
         url = ["--url", f"127.0.0.1:{port}"]
         with serving(tmp_path, settings, port=port) as server:
@@ -543,7 +543,7 @@ async def test_a_tree_whose_server_is_drained_says_so_and_shows_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
-    settings = {"LASTCALL_MODEL_URL": "scripted:"}
+    settings = {"model_url": "scripted:"}
     port = free_port()
     with serving(tmp_path, settings, port=port) as server:
         command = ["tree", "--url", server.url]
@@ -567,7 +567,7 @@ async def test_a_drain_waits_until_all_workers_and_their_master_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
-    settings = {"LASTCALL_MODEL_URL": "scripted:", "LASTCALL_RELEASE_TIMEOUT_S": "30"}  # on a busy machine, too
+    settings = {"model_url": "scripted:", "release_timeout_s": "30"}  # on a busy machine, too
     with serving(tmp_path, settings, arguments=("--workers", "2")) as server:
         with trio.fail_after(CAP_S):
             while len(workers := workers_that_serve(server)) < 2:  # noqa: ASYNC110  other processes set no event

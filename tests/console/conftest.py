@@ -1,17 +1,12 @@
-"""One Chromium and one server for the tests of a module: their starts take longer than the tests.
+"""One Chromium and one server for all tests of the console: their starts take longer than the tests.
 
-A test gets tabs of its own in a profile of its own, which the browser forgets with the test. The server's models are
-scripts, chosen by the session: see :data:`MODELS`.
+A test gets tabs of its own in a profile of its own, which the browser forgets with the test; turns that it leaves open
+are ended with it. The server's models are scripts, chosen by the session: see :data:`MODELS`.
 """
 
 import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +17,11 @@ import httpx
 import pytest
 import trio
 
-from bench.server_process import python_command
-from tests.console.hostile import HOSTILE
+from bench.server_process import Launch, ServerProcess, open_server, python_command
+from tests.console.hostile import HOSTILE, HOSTILE_CALL
 from tests.docs.browser import CAP_S, Browser, Page, chromium, end, start
+from tests.kept_server import CAP_S as START_S
+from tests.kept_server import SERVE, kept_server
 
 MODELS = {
     "quick": "scripted:?rate=0&first_token_s=0&text=" + quote("The **nursery** waits for its tasks."),
@@ -33,10 +30,10 @@ MODELS = {
     "short": "scripted:?tokens=60&rate=40&first_token_s=0.1",
     "hostile": "scripted:?rate=0&first_token_s=0&text=" + quote(HOSTILE),
     "calling": 'scripted:?rate=0&first_token_s=0&reasoning=12&call=get_weather:{"city":"Oslo"}',
+    "calling twice": "scripted:?rate=0&first_token_s=0&text=Two%20calls.&call=" + quote(HOSTILE_CALL) + "&call=now",
     "failing": "scripted:?tokens=9&rate=0&first_token_s=0&fail_after=4&fail_code=upstream_rejected",
 }
 """The models of the server, by name: what each session's replies are."""
-_LISTENS = re.compile(r"Running on http://127\.0\.0\.1:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,12 @@ class Server:
     """A running server."""
 
     url: str
+    key: str | None = None
 
     async def call(self, method: str, path: str, body: object = None) -> Any:
         """Call its API, and return the JSON of the answer. Raises: httpx.HTTPStatusError, for a refusal."""
-        async with httpx.AsyncClient(base_url=self.url, timeout=CAP_S) as client:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        async with httpx.AsyncClient(base_url=self.url, headers=headers, timeout=CAP_S) as client:
             response = await client.request(method, path, json=body)
             return response.raise_for_status().json() if response.content else None
 
@@ -59,40 +58,60 @@ class Server:
         """A turn that has ended."""
         return await self.call("POST", f"/sessions/{session}/turns", {"input": text, **fields})
 
-
-def config_of(folder: Path) -> Path:
-    """A file of settings with the models."""
-    upstreams = [
-        f"[[upstreams]]\nname = {json.dumps(name)}\nurl = {json.dumps(url)}\nmodels = [{json.dumps(name)}]\n"
-        for name, url in MODELS.items()
-    ]
-    path = folder / "lastcall.toml"
-    path.write_text("\n".join(upstreams))
-    return path
+    async def end_turns(self) -> None:
+        """End what a test has left running, for the test that comes next."""
+        for session in (await self.call("GET", "/sessions?status=running&limit=100"))["data"]:
+            await self.call("DELETE", f"/sessions/{session['id']}")
 
 
-@pytest.fixture(scope="module")
+CONFIG = "\n".join(
+    f"[[upstreams]]\nname = {json.dumps(name)}\nurl = {json.dumps(url)}\nmodels = [{json.dumps(name)}]\n"
+    for name, url in MODELS.items()
+)
+"""The settings that have the models."""
+
+
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server without keys and with a store in memory."""
-    folder = tmp_path_factory.mktemp("server")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
-    env |= {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": "memory:", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
-    env |= {"LASTCALL_CONFIG_FILE": str(config_of(folder)), "LASTCALL_LOG_FORMAT": "json"}
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(python_command("-m", "service", "serve"), env=env, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + CAP_S
-        while (found := _LISTENS.search(log.read_text())) is None:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
-        yield Server(f"http://127.0.0.1:{found[1]}")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(CAP_S)
-    assert process.returncode == 0, log.read_text()
-    assert "Traceback" not in log.read_text()
+    """A server without keys and with a store in memory, in which one message may wait in a session."""
+    settings = {"drain_timeout_s": "0", "queued_turns_max": "1"}
+    with kept_server(tmp_path_factory.mktemp("server"), settings, config=CONFIG) as (url, _):
+        yield Server(url)
+
+
+@asynccontextmanager
+async def own_server(
+    folder: Path,
+    settings: Mapping[str, str],
+    *,
+    port: int = 0,
+    key: str | None = None,
+    config: str = CONFIG,
+    command: Sequence[str] = SERVE,
+) -> AsyncIterator[tuple[Server, ServerProcess]]:
+    """A server of one test, which may stop or kill it, with its store in this folder.
+
+    Args:
+        settings: By their names in lower case.
+        key: What calls are made with.
+        config: The content of ``lastcall.toml``.
+        command: The arguments of Python.
+    """
+    (folder / "lastcall.toml").write_text(config)
+    own = {"bind": f"127.0.0.1:{port}", "store_url": f"sqlite:{folder}/store.db", "log_format": "json"}
+    settings = own | dict(settings)
+    env = {f"LASTCALL_{name.upper()}": value for name, value in settings.items()}
+    launch = Launch(python_command(*command), env=env, folder=folder)
+    log = folder / f"server-{port}.log"
+    async with open_server(launch, log_path=log, start_timeout_s=START_S) as process:
+        yield Server(f"http://127.0.0.1:{process.port}", key), process
+
+
+async def use_theme(page: Page, theme: str) -> None:
+    """Have the system of this page prefer ``light`` or ``dark``, and return once its colours have changed."""
+    await page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+    changes = "document.getAnimations().filter((it) => it instanceof CSSTransition).map((it) => it.finished)"
+    await page.get(f"Promise.allSettled({changes}).then(() => null)")
 
 
 @dataclass
@@ -104,7 +123,7 @@ class KeptBrowser:
     rest: bytes = b""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def kept_browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptBrowser]:
     folder = tmp_path_factory.mktemp("browser")
     ours, theirs = socket.socketpair()
@@ -134,7 +153,7 @@ class Tabs:
         """A tab with the console at this address (``#/chat/…``), which has found the server.
 
         Args:
-            url: Of another server than the module's.
+            url: Of another server.
         """
         target = await self._browser.call("Target.createTarget", url="about:blank", browserContextId=self._profile)
         attached = await self._browser.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
@@ -145,7 +164,7 @@ class Tabs:
         await page.call("Page.bringToFront")  # a tab that is covered gets no frames
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         await page.call("Emulation.setDeviceMetricsOverride", **metrics)
-        await page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        await use_theme(page, theme)
         await page.open(f"{url or self.server.url}/{address}")
         await page.wait_for("document.querySelector('.view')?.children.length")
         return page
@@ -174,5 +193,8 @@ async def open_tabs(kept: KeptBrowser, server: Server) -> AsyncIterator[Tabs]:
 async def tabs(kept_browser: KeptBrowser, server: Server) -> AsyncIterator[Tabs]:
     """What opens tabs. Afterwards no page may have written an error to its console."""
     with trio.fail_after(10 * CAP_S):
-        async with open_tabs(kept_browser, server) as opened:
-            yield opened
+        try:
+            async with open_tabs(kept_browser, server) as opened:
+                yield opened
+        finally:
+            await server.end_turns()

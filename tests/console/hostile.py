@@ -31,6 +31,12 @@ HOSTILE = "\n".join(
     )
 )
 
+HOSTILE_CALL = (
+    'look_up:{"html":"<img src=x onerror=\\"window.hit = 1\\">","bidi":"safe\u202ecod.exe","big":12345678901234567890,'
+    '"list":[1,{"a":[]}]}'
+)
+"""A call whose arguments want harm, or would be changed by a page that reads them as numbers."""
+
 BOMBS = {
     "brackets": "[" * 20_000,
     "links": "[a](" * 15_000,

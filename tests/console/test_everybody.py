@@ -1,23 +1,10 @@
-"""The console by keyboard, on a phone, in other colours, with a screen reader, and with a server that restarts."""
+"""The console by keyboard, on a phone, in other colours, and with a screen reader."""
 
-import json
-import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-
-import httpx
-import pytest
-import trio
-
-from bench.server_process import Launch, ServerProcess, open_server, python_command
 from tests.console.accessibility import violations
-from tests.console.chat_page import LAST, ChatPage
-from tests.console.conftest import Tabs, config_of
+from tests.console.chat_page import ChatPage
+from tests.console.conftest import Tabs, use_theme
 from tests.console.test_chat import open_chat, turns_of
-from tests.docs.browser import CAP_S
 
-KEY = "a-key-of-sixteen-or-more"
 FOCUSED = "(document.activeElement?.getAttribute('aria-label') ?? document.activeElement?.textContent)"
 
 
@@ -85,18 +72,21 @@ async def test_on_a_phone_one_thing_is_shown_at_a_time_and_nothing_sticks_out(ta
 # Those who cannot see it, or see it otherwise
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-async def test_axe_finds_nothing_serious(theme: str, tabs: Tabs) -> None:
+async def test_axe_finds_nothing_serious(tabs: Tabs) -> None:
     session = await tabs.server.new_session("hostile", title="Looked at")
     await tabs.server.say(session, "Once")
     await tabs.server.call("POST", f"/sessions/{session}/turns/{(await turns_of(tabs, session))[0]['id']}/retry")
-    chat = await open_chat(tabs, session, theme=theme)
+    chat = await open_chat(tabs, session)
     await chat.replies("plain")
     await chat.press("Timeline")
     await chat.press("Edit")
-    assert await violations(chat.page) == []
+    for theme in ("light", "dark"):
+        await use_theme(chat.page, theme)
+        assert await violations(chat.page) == [], theme
     await chat.press("Delete")
-    assert await violations(chat.page) == []
+    for theme in ("light", "dark"):
+        await use_theme(chat.page, theme)
+        assert await violations(chat.page) == [], theme
 
 
 async def test_what_happens_is_told_to_screen_readers_and_not_each_token(tabs: Tabs) -> None:
@@ -122,62 +112,3 @@ async def test_a_theme_that_was_chosen_stays(tabs: Tabs) -> None:
     assert light != dark
     await page.reload()
     assert await page.get(background) == dark
-
-
-# A server with keys, which stops and comes back
-
-
-@asynccontextmanager
-async def serving(folder: Path, *, port: int = 0) -> AsyncIterator[ServerProcess]:
-    env = {"LASTCALL_BIND": f"127.0.0.1:{port}", "LASTCALL_STORE_URL": f"sqlite:{folder}/lastcall.db"}
-    env |= {"LASTCALL_API_KEYS": KEY, "LASTCALL_CONFIG_FILE": str(config_of(folder)), "LASTCALL_DRAIN_TIMEOUT_S": "0"}
-    launch = Launch(python_command("-m", "service", "serve"), env=env)
-    async with open_server(launch, log_path=folder / f"server-{port}.log", start_timeout_s=60) as server:
-        yield server
-
-
-async def test_a_restart_in_mid_stream_loses_nothing_and_doubles_nothing(tabs: Tabs, tmp_path: Path) -> None:
-    tabs.expected += ["ERR_CONNECTION", "status of 401", "status of 503", "ERR_INCOMPLETE", "ERR_EMPTY"]
-    headers = {"Authorization": f"Bearer {KEY}"}
-    async with serving(tmp_path) as server:
-        port = server.port
-        url = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=CAP_S) as client:
-            session = (await client.post("/sessions", json={"model": "slow"})).json()["id"]
-            chat = ChatPage(await tabs.open(f"#/chat/{session}", url=url))
-            await chat.has("This server asks for a key", "dialog")
-            await chat.page.type_in("dialog input", KEY)
-            await chat.page.press("Enter")
-            await chat.page.wait_for("document.querySelector('.talk-facts')?.textContent")
-            assert KEY not in await chat.page.get("location.href + document.cookie + JSON.stringify(localStorage)")
-            await chat.send("Count")
-            await chat.replies(" 9 ")
-        server.signal_main(signal.SIGTERM)
-        with trio.fail_after(CAP_S):
-            await server.wait_gone()
-    await chat.is_in("interrupted")
-    await chat.has("The server was stopped before the end of this reply. What had arrived is kept.", ".turn-end")
-    await chat.has("The server does not answer.", "#notice")
-    await chat.replies_whole(await chat.copied(".tools > .button"))
-    interrupted = await chat.reply()
-    await chat.send("Are you back?")
-    await chat.has("Attempt ", ".status")
-    async with serving(tmp_path, port=port) as server:
-        await chat.has("The server is back", "#notice")
-        await chat.page.wait_for("document.querySelectorAll('.turn').length === 2")
-        await chat.replies("0 1 2 3")
-        await chat.press("Stop")
-        await chat.is_in("cancelled")
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=CAP_S) as client:
-            first, second = (await client.get(f"/sessions/{session}/turns")).json()["data"]
-        assert [(it["input"], it["state"]) for it in (first, second)] == [
-            ("Count", "interrupted"),
-            ("Are you back?", "cancelled"),
-        ]
-        assert interrupted.split() == first["text"].split()
-        await chat.replies_whole(second["text"])
-        assert (await chat.reply()).split() == second["text"].split()
-        assert await chat.page.get(f"{LAST}.querySelector('.asked').textContent") == "Are you back?"
-        other = await tabs.open("#/chat", url=url)
-        await ChatPage(other).has("This server asks for a key", "dialog")
-        assert json.loads(await other.get("JSON.stringify(sessionStorage)")).get("lastcall.key") is None

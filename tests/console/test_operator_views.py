@@ -1,9 +1,6 @@
 """The views Tree, Shutdowns and Metrics in a real browser, against a server that works meanwhile."""
 
 import json
-import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +9,13 @@ import msgspec
 import pytest
 import trio
 
-from bench.server_process import Launch, ServerProcess, open_server, python_command
 from service.telemetry.shutdown_history import Line, ShutdownHistory
 from tests.console.accessibility import violations
-from tests.console.conftest import Server, Tabs
-from tests.docs.browser import CAP_S, Page
+from tests.console.conftest import Server, Tabs, own_server, use_theme
+from tests.docs.browser import Page
 
-VIEWS = ("tree", "shutdowns", "metrics")
+VIEWS = {"tree": ".row", "shutdowns": ".reports, .blank", "metrics": ".chart"}
+"""The views of an operator, each with what it has once it shows something."""
 TURNS = 200
 ONE_BY_ONE = 9
 LEAVES_WITHIN_MS = 500
@@ -221,42 +218,37 @@ async def test_metrics_are_the_servers_own_and_a_counter_that_is_not_zero_is_lou
     await cancel_all(page, turns)
 
 
-@pytest.mark.parametrize("view", VIEWS)
-async def test_a_view_fits_a_phone_and_says_what_it_is(tabs: Tabs, view: str) -> None:
-    page = await tabs.open(f"#/{view}", width=360, height=780, theme="dark")
-    ready = {"tree": ".row", "shutdowns": ".reports, .blank", "metrics": ".chart"}[view]
-    await page.wait_for(f"document.querySelector('{ready}')")
-    assert await page.get("document.documentElement.scrollWidth") <= 360
-    assert await page.get(f"document.querySelector('.view.{view}').scrollWidth") <= 360
-    assert await page.get("document.querySelector('.view h1').innerText") == view.capitalize()
+async def test_each_view_fits_a_phone_and_says_what_it_is(tabs: Tabs) -> None:
+    page = await tabs.open("#/tree", width=360, height=780, theme="dark")
+    for view, ready in VIEWS.items():
+        await page.get(f"location.hash = '#/{view}'")
+        await page.wait_for(f"document.querySelector('.view.{view} :is({ready})')")
+        assert await page.get("document.documentElement.scrollWidth") <= 360, view
+        assert await page.get(f"document.querySelector('.view.{view}').scrollWidth") <= 360, view
+        assert await page.get("document.querySelector('.view h1').innerText") == view.capitalize()
+        if view == "tree":
+            await page.wait_for("document.querySelector('canvas').style.height")  # it is drawn
+            drawn = "document.querySelector('canvas').getContext('2d').getImageData(9, 3, 1, 1).data[0]"
+            assert await page.get(drawn) > 128, "the process is drawn in the theme's light ink"
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-async def test_axe_finds_nothing_serious_in_the_views(tabs: Tabs, theme: str) -> None:
+async def test_axe_finds_nothing_serious_in_the_views(tabs: Tabs) -> None:
     session = await tabs.server.new_session("slow")
     turn = await start_turn(tabs.server, session)
-    page = await open_tree(tabs, theme=theme)
+    page = await open_tree(tabs)
     await page.wait_for(f"document.querySelector(\".row[data-turn='{turn}']\")")
     await page.click(f".row[data-turn='{turn}']")
     await page.wait_for("document.querySelector('.tree-details:not([hidden])')")
-    assert await violations(page) == []
+    for view, ready in VIEWS.items():
+        await page.get(f"location.hash = '#/{view}'")
+        await page.wait_for(f"document.querySelector('.view.{view} :is({ready})')")
+        for theme in ("light", "dark"):
+            await use_theme(page, theme)
+            assert await violations(page) == [], (view, theme)
     await cancel(tabs.server, session, turn)
-    for view, ready in (("shutdowns", ".reports, .blank"), ("metrics", ".chart")):
-        page = await tabs.open(f"#/{view}", theme=theme)
-        await page.wait_for(f"document.querySelector('{ready}')")
-        assert await violations(page) == []
 
 
-# Servers of their own
-
-
-@asynccontextmanager
-async def own_server(folder: Path, **settings: str) -> AsyncIterator[tuple[Server, ServerProcess]]:
-    settings = {"bind": "127.0.0.1:0", "store_url": f"sqlite:{folder}/store.db", "log_format": "json"} | settings
-    env = {f"LASTCALL_{name.upper()}": value for name, value in settings.items()}
-    launch = Launch(python_command("-m", "service", "serve"), env=env)
-    async with open_server(launch, log_path=folder / "server.log", start_timeout_s=CAP_S) as process:
-        yield Server(f"http://127.0.0.1:{process.port}"), process
+# A server of its own
 
 
 def lines_of_others() -> str:
@@ -273,11 +265,11 @@ def lines_of_others() -> str:
 
 
 async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(tabs: Tabs, tmp_path: Path) -> None:
-    settings = {"drain_timeout_s": "2", "model_url": "scripted:?tokens=4000&rate=20&first_token_s=0"}
-    async with own_server(tmp_path, **settings) as (server, process):
-        bind = server.url.removeprefix("http://")
+    settings = {"drain_timeout_s": "2"}
+    async with own_server(tmp_path, settings) as (server, process):
+        port = process.port
         page = await open_tree(tabs, url=server.url)
-        await server.call("POST", "/sessions", {"id": "drained"})
+        await server.new_session("calm", id="drained")
         await start_turn(server, "drained")
         await page.wait_for(f"{chip('turn')} === '1'")
         await page.get("""(() => {
@@ -298,7 +290,7 @@ async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(
         assert (await process.wait_gone()).exit_code == 0
     with (tmp_path / "store.db-shutdowns").open("a") as history:  # noqa: ASYNC230  a line of a small file
         history.write(lines_of_others())
-    async with own_server(tmp_path, **(settings | {"bind": bind})):
+    async with own_server(tmp_path, settings, port=port):
         await page.wait_for("document.querySelector('.tree-farewell:not([hidden])')?.innerText.includes('0 faults')")
         await page.click(".tree-farewell a")
         await page.wait_for("document.querySelector('.report')")
@@ -313,20 +305,3 @@ async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(
         assert "Later: stopped" in others[2]
         assert await violations(page) == []
     page.complaints.clear()  # a browser complains about each answer of a server that is away
-
-
-async def test_a_key_that_may_not_administer_is_told_so_in_each_view(tabs: Tabs, tmp_path: Path) -> None:
-    config = tmp_path / "lastcall.toml"
-    config.write_text(f'[[api_keys]]\nname = "plain"\nkey = "{"k" * 32}"\nmay = ["talk"]\n')
-    async with own_server(tmp_path, config_file=str(config), model_url="scripted:") as (server, process):
-        page = await tabs.open("#/tree", url=server.url)
-        await page.get(f"sessionStorage.setItem('lastcall.key', '{'k' * 32}')")
-        for view in VIEWS:
-            await page.get(f"location.hash = '#/{view}'")
-            await page.reload()
-            await page.wait_for("document.querySelector('.refusal[data-code=not_permitted]')")
-            assert "may not administer" in await page.get("document.querySelector('.refusal').innerText")
-            assert not await page.get("document.querySelector('.view-actions .danger')?.checkVisibility()")
-        process.signal_main(signal.SIGTERM)
-        assert (await process.wait_gone()).exit_code == 0
-    page.complaints.clear()  # a browser complains about each refusal

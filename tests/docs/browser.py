@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import trio
 
-CAP_S = 30
+CAP_S = 60
 """Bound of every wait; not a promise of the server."""
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -142,12 +142,14 @@ class Page:
         await self.call("Input.insertText", text=text)
 
     async def press(self, *keys: str) -> None:
-        """Press and release keys of the keyboard, one after the other: `Tab`, `Enter`, `Escape`, `ArrowDown`, `a`, …"""
+        """Press and release keys, one after the other: `Tab`, `Enter`, `Escape`, `ArrowDown`, `a`, `Control+Enter`."""
         await self.call("Page.bringToFront")
-        for key in keys:
+        for pressed_key in keys:
+            key = pressed_key.removeprefix("Control+")
+            modifiers = 0 if key == pressed_key else 2
             text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
             code = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowDown": 40}.get(key, 0)
-            pressed = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+            pressed = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
             await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **pressed)
             await self.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
 
