@@ -1,5 +1,6 @@
 // One conversation: the turns on the path to its head, and the box for the next message.
 
+import { dropOutputs, keepOutputs, outputsOf } from "./calls.js";
 import { button, h } from "./dom.js";
 import { ago, count, counted, until } from "./format.js";
 import { Follower } from "./follower.js";
@@ -310,9 +311,17 @@ export class Conversation {
       if (!turn.ended_at && !this.#followers.has(id) && this.#followers.size < FOLLOWED_MAX) this.#follow(turn, view);
     }
     if (this.#pending) this.#log.append(this.#pending.element);
+    this.#askOutputs();
     this.#showBlank();
     this.#showRunning();
     this.#stick();
+  }
+
+  /** The last reply asks for the outputs of its calls; and so does the one whose outputs are edited. */
+  #askOutputs() {
+    const last = this.#pending ? null : this.#path.at(-1);
+    const edited = this.#editing && outputsOf(this.#editing.turn).length > 0 ? this.#editing.turn.parent : null;
+    for (const [id, view] of this.#views) view.askOutputs(id === last || id === edited);
   }
 
   #showEarlier() {
@@ -329,10 +338,18 @@ export class Conversation {
       edit: (view) => this.#edit(view),
       fork: (view) => this.#fork(view),
       step: (view, by) => this.#step(view, by),
+      answer: (view, outputs) => this.#answer(view, outputs),
+      nameOf: (turn, callId) => this.#functionOf(turn, callId),
       shown: () => this.#stick(),
       wantsTimeline: () => sessionStorage.getItem(TIMELINES) !== "off",
       reasoning: (turn, markdown) => this.#readReasoning(turn, markdown),
     });
+  }
+
+  /** The name of the function that was called; the id of the call where the turn with the call is not known here. */
+  #functionOf(turn, callId) {
+    const items = this.#records.get(turn?.parent)?.items ?? [];
+    return items.find((it) => it.type === "function_call" && it.call_id === callId)?.name ?? callId;
   }
 
   /** All turns with the parent of this one, in their order. */
@@ -384,7 +401,20 @@ export class Conversation {
   #retry(view) {
     if (this.#isSending()) return;
     const { id, parent, input } = view.turn;
-    const sent = { key: newName(), sessionId: this.#id, retry: id, parent, input };
+    const outputs = outputsOf(view.turn);
+    this.#begin({ retry: id, parent, input: outputs.length > 0 ? outputs : input });
+  }
+
+  /** Sends the outputs of a turn's calls: the next turn, or another version of it. */
+  #answer(view, outputs) {
+    if (this.#isSending()) return;
+    dropOutputs(view.id, outputs);
+    this.#edit(null, { isSent: true });
+    this.#begin({ parent: view.id, input: outputs });
+  }
+
+  #begin(asked) {
+    const sent = { key: newName(), sessionId: this.#id, ...asked };
     outbox.put(sent);
     this.#start(sent);
   }
@@ -396,6 +426,7 @@ export class Conversation {
     const view = (this.#pending = this.#newView(sent.input));
     if (sent.parent !== undefined) this.#hideAfter(sent.parent);
     this.#log.append(view.element);
+    this.#askOutputs();
     this.#showBlank();
     this.#sticks = true;
     const follower = this.#followerOf(view, sent);
@@ -489,19 +520,25 @@ export class Conversation {
     this.#followers.delete(id);
     this.#known = "";
     if (error) this.#say(refused(error), "error");
-    else this.#context.say(`The reply has ended: ${follower.stream.end?.type.slice(5) ?? "complete"}.`);
+    else this.#context.say(this.#endWords(follower.stream.end));
     await this.refresh();
     this.#showRunning();
     this.#acts.tell(this.#id);
   }
 
-  /** The server did not take the message: it goes back into the box. */
+  #endWords(end) {
+    if (end?.finish_reason === "tool_calls") return "The reply has ended with calls, and waits for their outputs.";
+    return `The reply has ended: ${end?.type.slice(5) ?? "complete"}.`;
+  }
+
+  /** The server did not take the message: it goes back into the box, or into the form of the calls. */
   #refuse(view, sent, error) {
     if (this.#work.signal.aborted) return;
     if (sent) outbox.drop(sent);
     this.#drop(view);
     this.#followers.delete(view.id);
-    if (sent && !sent.retry && !this.#box.value) this.#fill(sent.input);
+    if (sent && Array.isArray(sent.input)) keepOutputs(sent.parent, sent.input);
+    else if (sent && !sent.retry && !this.#box.value) this.#fill(sent.input);
     this.#say(refused(error), "error");
     this.#context.say(refused(error));
     this.#known = "";
@@ -547,10 +584,14 @@ export class Conversation {
     const wasEditing = this.#editing;
     this.#editing = view;
     this.#editBar.hidden = !view;
+    const outputs = view ? outputsOf(view.turn) : [];
+    if (outputs.length > 0) keepOutputs(view.turn.parent, outputs);
+    this.#askOutputs();
     if (view) {
-      this.#fill(view.turn.input);
+      if (outputs.length > 0) this.#views.get(view.turn.parent)?.focusOutputs();
+      else this.#fill(view.turn.input);
       view.element.classList.add("is-edited");
-    } else if (wasEditing && !isSent) this.#fill("");
+    } else if (wasEditing && !isSent && outputsOf(wasEditing.turn).length === 0) this.#fill("");
     wasEditing?.element.classList.remove("is-edited");
     this.#showRunning();
   }

@@ -147,6 +147,7 @@ export function logOf(turn) {
   return log;
 }
 
+const RESUMES = { retry: "from the beginning", continue: "after what was kept" };
 const CUTS = { timeout: "silent for too long", unreachable: "the connection was cut", cut: "the stream stopped in its middle" };
 
 const WORDS = {
@@ -159,7 +160,7 @@ const WORDS = {
   cut: ({ seq, code, isOffline }) => ["Cut", `${isOffline ? "the network is gone" : (CUTS[code] ?? code)}, after event ${count(seq)}`],
   retry: ({ attempt, delayS, code }) => [`Attempt ${attempt}`, `${code}; the next one in ${duration(delayS * 1000)}`],
   back: ({ after, caught }) => ["Back", `after ${duration(after)}${caught ? `; ${count(caught)} events caught up` : ""}`],
-  resumed: ({ mode, attempt }) => ["Resumed", `attempt ${attempt} of the server (${mode})`],
+  resumed: ({ mode, attempt }) => ["Resumed", `attempt ${attempt} of the server, ${RESUMES[mode] ?? mode}`],
   end: ({ state, reason }) => [state[0].toUpperCase() + state.slice(1), reason ?? ""],
 };
 

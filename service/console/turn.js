@@ -1,15 +1,16 @@
 // One turn on the page: what was asked, what was answered, how it ended, and what can be done with it.
 
+import { Calls } from "./calls.js";
 import { button, h } from "./dom.js";
 import { clock, counted, date, duration } from "./format.js";
 import { Markdown, copy, write } from "./markdown.js";
 import { Timeline, logOf } from "./timeline.js";
-import { ended } from "./words.js";
+import { ended, resumed } from "./words.js";
 
 const LONG_INPUT = 1600;
 const LONG_TEXT = 60_000; // from here on the browser lays out only what can be seen
 
-/** A turn. `acts` are what its buttons do: `retry`, `edit`, `fork`, `step(view, -1 | 1)`, `shown`; `wantsTimeline`, `reasoning`. */
+/** A turn. `acts` are what its buttons do: `retry`, `edit`, `fork`, `step(view, -1 | 1)`, `answer(view, outputs)`, `shown`, `nameOf(turn, callId)`; `wantsTimeline`, `reasoning`. */
 export class TurnView {
   element;
   turn = null; // its record, as the server has last told it
@@ -17,13 +18,14 @@ export class TurnView {
   #acts;
   #follower = null;
   #input;
-  #parts; // reasoning, calls and the text
+  #parts; // reasoning, the text and calls
   #reply;
   #markdown;
   #reasoning = null;
-  #calls = new Map();
+  #calls;
   #end;
   #siblings;
+  #place = "";
   #when;
   #timeline = null;
   #timelineButton;
@@ -36,7 +38,8 @@ export class TurnView {
     this.#when = h("time", { class: "when" });
     this.#reply = h("div", { class: "markdown" });
     this.#markdown = new Markdown(this.#reply, acts.shown);
-    this.#parts = h("div", { class: "parts" }, this.#reply);
+    this.#calls = new Calls((outputs) => acts.answer(this, outputs));
+    this.#parts = h("div", { class: "parts" }, this.#reply, this.#calls.element);
     this.#end = h("p", { class: "turn-end", hidden: true });
     this.#siblings = h("div", { class: "siblings", role: "group", "aria-label": "Versions of this message", hidden: true });
     const tool = (text, icon, press, more = {}) => button({ text, icon, kind: "small bare", press, ...more });
@@ -81,9 +84,12 @@ export class TurnView {
     this.#showSiblings(place, total);
     const isFollowed = this.#follower && !turn.ended_at;
     if (isFollowed) return;
-    if (turn.items && !this.#calls.size) this.#showItems(turn.items);
+    if (turn.items && this.#calls.isEmpty) this.#showItems(turn.items);
     if (this.text !== turn.text) this.#replace(turn.text);
-    if (turn.ended_at) this.#markdown.end();
+    if (turn.ended_at) {
+      this.#markdown.end();
+      this.#calls.end();
+    }
     if (turn.usage?.reasoning_tokens && !this.#reasoning) this.#offerReasoning(turn);
     this.#showState(turn.state, turn);
   }
@@ -92,10 +98,7 @@ export class TurnView {
   follow(follower) {
     this.#follower = follower;
     if (follower.log.isReplay && this.text) this.#replace("");
-    this.#reasoning?.element.remove();
-    this.#reasoning = null;
-    for (const { element } of this.#calls.values()) element.remove();
-    this.#calls.clear();
+    this.#forgetParts();
     if (this.element.dataset.state === "sending" && this.turn) this.#showState(this.turn.state, this.turn);
     this.showTimeline(this.#timeline !== null || follower.log.isReplay || this.#acts.wantsTimeline());
   }
@@ -116,18 +119,21 @@ export class TurnView {
         this.#reason(event.text);
         break;
       case "turn.call":
-        this.#call(event.item, event.name, event.call_id);
+        this.#calls.add(event.item, event.name, event.call_id);
         break;
       case "turn.arguments":
-        write(this.#calls.get(event.item).code, event.text);
+        this.#calls.append(event.item, event.text);
         break;
       case "turn.resumed":
+        if (event.mode === "retry") this.#forgetParts();
         this.#replace(stream.text);
+        this.#sayEnd(resumed(event));
         break;
       default:
         if (event.replaces !== undefined) this.#replace(event.text);
         if (event.text_length !== undefined && event.type !== "turn.delta") {
           this.#markdown.end();
+          this.#calls.end();
           this.#showState(event.type.slice("turn.".length), event);
         }
     }
@@ -144,6 +150,15 @@ export class TurnView {
   close() {
     this.#follower?.leave();
     this.#timeline?.close();
+  }
+
+  /** Whether the form for the outputs of the reply's calls is shown. A reply that did not complete has none. */
+  askOutputs(isAsked) {
+    this.#calls.ask(isAsked && this.turn?.state === "completed" && this.turn.items ? this.turn : null);
+  }
+
+  focusOutputs() {
+    this.#calls.focus();
   }
 
   showTimeline(isShown) {
@@ -171,6 +186,13 @@ export class TurnView {
     return this.#follower?.log ?? logOf(this.turn);
   }
 
+  /** What is beside the text of the reply comes anew. */
+  #forgetParts() {
+    this.#reasoning?.element.remove();
+    this.#reasoning = null;
+    this.#calls.clear();
+  }
+
   #replace(text) {
     this.text = text;
     this.#markdown.replace(text);
@@ -181,7 +203,9 @@ export class TurnView {
     if (this.text.length > LONG_TEXT) this.#reply.classList.add("long");
   }
 
+  /** `input` is a text, or items as they were sent. */
   #showInput(input, items = []) {
+    if (typeof input !== "string") [input, items] = ["", input];
     const words = items.filter((it) => it.type === "message" && it.role === "system").map((it) => `System: ${it.text}`);
     const outputs = items.filter((it) => it.type === "function_call_output");
     const text = [...words, input].filter(Boolean).join("\n\n");
@@ -196,17 +220,20 @@ export class TurnView {
     this.#input.replaceChildren(
       ...(text ? [shown] : []),
       ...(text.length > LONG_INPUT ? [moreButton] : []),
-      ...outputs.map((it) => folded(`Result of ${it.call_id}`, it.output)),
+      ...outputs.map((it) => folded(`Result of ${this.#acts.nameOf(this.turn, it.call_id)}`, it.output)),
     );
   }
 
   #showSiblings(place, total) {
+    const words = `${place} of ${total}`;
+    if (words === this.#place) return; // a button that is made anew while it is pressed is not clicked
+    this.#place = words;
     this.#siblings.hidden = !(total > 1);
     if (!(total > 1)) return;
     const step = (by, label, name) => button({ label, icon: name, kind: "small bare", press: () => this.#acts.step(this, by), disabled: place + by < 1 || place + by > total });
     this.#siblings.replaceChildren(
       step(-1, "Previous version", "left"),
-      h("span", { text: `${place} of ${total}` }),
+      h("span", { text: words }),
       step(1, "Next version", "right"),
     );
   }
@@ -214,10 +241,7 @@ export class TurnView {
   #showItems(items) {
     for (const item of items) {
       if (item.type === "reasoning" && item.text && !this.#reasoning) this.#reason(item.text);
-      if (item.type === "function_call" && !this.#calls.has(item.id)) {
-        this.#call(item.id, item.name, item.call_id);
-        write(this.#calls.get(item.id).code, item.arguments);
-      }
+      if (item.type === "function_call") this.#calls.add(item.id, item.name, item.call_id, item.arguments);
     }
   }
 
@@ -240,27 +264,14 @@ export class TurnView {
     this.#reasoning = { element, markdown: new Markdown(body, this.#acts.shown) };
   }
 
-  #call(item, name, id) {
-    const code = h("code", { dir: "ltr" });
-    const summary = h("summary", {}, "Calls ", h("b", { class: "mono", text: name }));
-    const element = h("details", { class: "folded call", title: id }, summary, h("pre", { tabIndex: 0 }, code));
-    this.#parts.append(element);
-    this.#calls.set(item, { element, code });
-  }
-
   #showState(state, told = {}) {
     this.element.dataset.state = state;
     if (this.#cutButton) this.#cutButton.hidden = this.hasEnded;
     if (state === "queued") return this.#sayEnd("Waits until the reply before it has ended.");
     const words = this.hasEnded ? ended({ state, ...told }) : "";
-    this.#sayEnd(words, ["interrupted", "failed"].includes(state));
-    if (this.hasEnded && told.usage) {
-      const { output_tokens: tokens } = told.usage;
-      const spent = this.#spent(told);
-      const usage = h("span", { class: "usage", text: `${counted(tokens, "token")}${spent}` });
-      this.#end.append(words ? " " : "", usage);
-      this.#end.hidden = false;
-    }
+    const tokens = this.hasEnded ? told.usage?.output_tokens : undefined;
+    const usage = tokens === undefined ? "" : `${counted(tokens, "token")}${this.#spent(told)}`;
+    this.#sayEnd(words, { usage, isTrouble: ["interrupted", "failed"].includes(state) });
   }
 
   #spent(told) {
@@ -270,16 +281,23 @@ export class TurnView {
     return "";
   }
 
-  #sayEnd(words, isTrouble = false) {
-    this.#end.hidden = !words;
+  /** Says below the reply how it stands, and how many tokens it has. */
+  #sayEnd(words, { usage = "", isTrouble = false } = {}) {
+    const said = `${words}\n${usage}`;
+    if (this.#end.dataset.said === said) return; // its button may be pressed just now
+    this.#end.dataset.said = said;
+    this.#end.hidden = !words && !usage;
     this.#end.classList.toggle("trouble", isTrouble);
     this.#end.replaceChildren(words);
     if (isTrouble) this.#end.append(" ", button({ text: "Ask again", icon: "retry", kind: "small", press: () => this.#acts.retry(this) }));
+    if (usage) this.#end.append(words ? " " : "", h("span", { class: "usage", text: usage }));
   }
 }
 
 function folded(title, text) {
   const code = h("code", { dir: "ltr" });
   write(code, text);
-  return h("details", { class: "folded" }, h("summary", { text: title }), h("pre", { tabIndex: 0 }, code));
+  const summary = h("summary");
+  write(summary, title);
+  return h("details", { class: "folded" }, summary, h("pre", { tabIndex: 0 }, code));
 }

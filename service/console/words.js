@@ -2,7 +2,7 @@
 
 const REFUSALS = {
   turn_in_progress: "Another reply is being written in this conversation, perhaps for another tab. Your message is still in the box.",
-  queue_full: "Too many messages wait in this conversation already. Your message is still in the box.",
+  queue_full: "Too many messages wait in this conversation already",
   turn_limit: "The server writes as many replies as it may",
   stream_limit: "The server has as many open streams as it may",
   session_limit: "The server keeps as many conversations as it may",
@@ -43,6 +43,10 @@ const INTERRUPTIONS = {
   shutdown: "The server was stopped before the end of this reply. What had arrived is kept.",
   crash: "The server crashed before the end of this reply. What it had stored is kept.",
 };
+const RESUMES = {
+  retry: "The server was gone in the middle of this reply, so the model is asked anew.",
+  continue: "The server was gone in the middle of this reply, which goes on after what was kept.",
+};
 const CANCELS = {
   requested: "Stopped.",
   superseded: "Stopped, because another message took its place.",
@@ -50,6 +54,9 @@ const CANCELS = {
   session_deleted: "Stopped, because the conversation was deleted.",
 };
 const FINISHES = { length: "Cut off at the limit of tokens.", content_filter: "Cut off by the model's content filter." };
+
+/** That a turn goes on in another process than the one that began it. */
+export const resumed = ({ mode }) => RESUMES[mode] ?? "The server was gone in the middle of this reply.";
 
 /** How a turn ended, where the end is worth a word. */
 export function ended({ state, reason, error, finish_reason: finish, stored }) {

@@ -1,4 +1,4 @@
-// What the console computes without a page: the tree's rows, and figures of Prometheus' text. Run by test_pure_modules.py.
+// What the console computes without a page: the tree's rows, figures of Prometheus' text, JSON to read, and words. Run by test_pure_modules.py.
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
@@ -7,6 +7,8 @@ const CONSOLE = "../../service/console";
 const { TreeModel } = await import(`${CONSOLE}/tree_model.js`);
 const { buckets, increase, parse, quantile, sum } = await import(`${CONSOLE}/prometheus.js`);
 const { figuresOf, zerosOf } = await import(`${CONSOLE}/figures.js`);
+const { laidOut } = await import(`${CONSOLE}/json_text.js`);
+const { ended, refused, resumed, waits } = await import(`${CONSOLE}/words.js`);
 
 // The tree
 
@@ -164,4 +166,44 @@ test("a counter that must be zero and is not there is not taken for zero", () =>
   const found = zerosOf(scrape(["lastcall_resume_gaps_total 0", "lastcall_turns_crashed_total 2"]));
   const by = Object.fromEntries(found.map(({ label, value }) => [label, value]));
   assert.deepEqual([by["Resume gaps"], by["Turns crashed"], by["Tasks left"]], [0, 2, null]);
+});
+
+// JSON to read
+
+test("a JSON text is laid out, and says the same", () => {
+  const text = String.raw`{"a":[1,-2.50e3,{"b":{}}],"big":12345678901234567890,"a":"x\"{,:\u002c\\",  "c":[ ],"d":true,"":null}`;
+  const shown = laidOut(text);
+  assert.equal(shown.split("\n").length, 14);
+  assert.ok(shown.includes('\n      "b": {}\n'), shown);
+  assert.ok(shown.includes('\n  "big": 12345678901234567890,\n  "a": "x'), "no number is rounded, no name is lost");
+  assert.deepEqual(JSON.parse(shown), JSON.parse(text));
+  const bare = (it) => it.replaceAll(/("(?:[^"\\]|\\.)*")|\s/g, "$1");
+  assert.equal(bare(shown), bare(text));
+});
+
+test("what is no JSON, or much of it, stays as it is", () => {
+  for (const text of ["", "now", '{"city":"Os', '{"a":1}}', `[${"1,".repeat(30_000)}1]`]) assert.equal(laidOut(text), text);
+  const deep = laidOut("[".repeat(9000) + "]".repeat(9000));
+  assert.ok(deep.length < 600_000, `${deep.length}`);
+  assert.equal(laidOut("7"), "7");
+});
+
+// Words
+
+test("a wait says what it is for and how long it takes, and a refusal is a sentence", () => {
+  const busy = { code: "turn_limit", detail: "1000 turns run." };
+  const words = "The server writes as many replies as it may. Attempt 3 in 7 s.";
+  assert.equal(waits({ error: busy, delayS: 6.6, attempt: 2, isOffline: false }), words);
+  assert.equal(refused(busy), "The server writes as many replies as it may.");
+  const unknown = { code: "teapot", detail: "Short and stout" };
+  assert.equal(refused(unknown), "Short and stout.");
+  assert.equal(waits({ error: unknown, delayS: 0.2, attempt: 1, isOffline: false }), "Short and stout. Attempt 2 in a moment.");
+});
+
+test("a reply that outlives its process, and one that does not, say so", () => {
+  assert.match(resumed({ mode: "retry" }), /the model is asked anew\.$/);
+  assert.match(resumed({ mode: "continue" }), /goes on after what was kept\.$/);
+  assert.match(ended({ state: "interrupted", reason: "crash" }), /^The server crashed /);
+  assert.match(ended({ state: "interrupted", reason: "shutdown" }), /^The server was stopped /);
+  assert.equal(ended({ state: "completed", finish_reason: "stop", stored: false }), "The server's store has not taken this end yet.");
 });

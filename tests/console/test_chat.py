@@ -8,9 +8,25 @@ from typing import Any
 import httpx
 import trio
 
+from tests.console.accessibility import violations
 from tests.console.chat_page import LAST, ChatPage
 from tests.console.conftest import Tabs
 from tests.docs.browser import CAP_S
+
+LAID_OUT = """
+{
+  "html": "<img src=x onerror=\\"window.hit = 1\\">",
+  "bidi": "safeU+202Ecod.exe",
+  "big": 12345678901234567890,
+  "list": [
+    1,
+    {
+      "a": []
+    }
+  ]
+}
+""".strip()
+"""How the arguments of the hostile call are shown: nothing is obeyed, and no number becomes another one."""
 
 
 async def turns_of(tabs: Tabs, session: str) -> list[dict[str, Any]]:
@@ -163,9 +179,9 @@ async def test_two_tabs_on_one_conversation_show_the_same(tabs: Tabs) -> None:
         ]
 
 
-async def test_a_conflict_is_said_in_words_and_the_message_is_kept(tabs: Tabs) -> None:
+async def test_conflicts_and_limits_are_said_in_words_and_the_message_is_kept(tabs: Tabs) -> None:
     session = await tabs.server.new_session("slow")
-    tabs.expected.append("status of 409")
+    tabs.expected += ["status of 409", "status of 429"]
     chat = await open_chat(tabs, session)
     await tabs.server.say(session, "From elsewhere", background=True)
     await chat.send("From here")
@@ -175,26 +191,76 @@ async def test_a_conflict_is_said_in_words_and_the_message_is_kept(tabs: Tabs) -
     assert [it[1] for it in await chat.turns()] == ["From elsewhere"]
     await chat.press("Queue")
     await chat.has("Waits until the reply before it has ended.")
+    await chat.send("One too many")
+    await chat.has("Too many messages wait in this conversation already. Attempt 2 in ", ".status")
     await chat.press("Stop")
     await chat.page.wait_for("document.querySelector('.turn').dataset.state === 'cancelled'")
+    await chat.has("0 1 2", ".turn:nth-child(2) .answer")
+    await chat.is_in("queued")
+    await chat.press("Stop")
+    await chat.page.wait_for("document.querySelector('.turn:nth-child(2)').dataset.state === 'cancelled'")
     await chat.replies("0 1 2")
     await chat.press("Stop")
     await chat.is_in("cancelled")
-    assert [it[1] for it in await chat.turns()] == ["From elsewhere", "From here"]
+    assert [it[1] for it in await chat.turns()] == ["From elsewhere", "From here", "One too many"]
 
 
-async def test_calls_and_reasoning_are_folded_and_a_failure_says_why(tabs: Tabs) -> None:
+async def test_calls_wait_for_their_outputs_which_are_the_next_turn(tabs: Tabs) -> None:
     session = await tabs.server.new_session("calling")
     chat = await open_chat(tabs, session)
     await chat.send("What is the weather?")
-    await chat.is_in("completed")
     for _ in range(2):
-        summaries = await chat.page.get(f"[...{LAST}.querySelectorAll('summary')].map((it) => it.textContent)")
-        assert summaries == ["Reasoning", "Calls get_weather"]
-        assert await chat.page.get(f"{LAST}.querySelector('.call code').textContent") == '{"city":"Oslo"}'
-        assert await chat.page.get(f"[...{LAST}.querySelectorAll('details')].some((it) => it.open)") is False
-        await chat.page.reload()
         await chat.is_in("completed")
+        await chat.has("waits for its output", ".call summary")
+        summaries = await chat.page.get(f"[...{LAST}.querySelectorAll('summary')].map((it) => it.firstChild.data)")
+        assert summaries == ["Reasoning", "Calls "]
+        assert await chat.page.get(f"{LAST}.querySelector('.call code').textContent") == '{\n  "city": "Oslo"\n}'
+        assert await chat.page.get("[...document.querySelectorAll('details')].map((it) => it.open)") == [False, True]
+        await chat.page.reload()
+    await chat.page.type_in(".call textarea", "4 °C")
+    await chat.page.press("Control+Enter")
+    await chat.page.wait_for("document.querySelectorAll('.turn').length === 2")
+    await chat.is_in("completed")
+    await chat.replies("The call returned")
+    await chat.has("Result of get_weather", ".turn:last-child .asked")
+    [_, turn] = await turns_of(tabs, session)
+    said = turn["items"][0]
+    assert (said["type"], said["output"]) == ("function_call_output", "4 °C")
+    assert await chat.page.get("document.querySelector('form.calls textarea')") is None, "the call is answered"
+    await chat.press("Edit")
+    await chat.page.wait_for("document.activeElement.matches('.call textarea')")
+    assert await chat.page.get("document.activeElement.value") == "4 °C"
+    await chat.page.type_in(".call textarea", "5 °C")
+    await chat.press("Send the output")
+    await chat.has("2 of 2")
+    await chat.replies("5 °C")
+
+
+async def test_hostile_calls_are_text_and_a_refused_output_stays_in_its_box(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("calling twice")
+    chat = await open_chat(tabs, session)
+    await chat.send("Call")
+    await chat.has("The model waits for the outputs of its calls.")
+    shown = await chat.page.get(f"{LAST}.querySelector('.call code').textContent")
+    assert shown == LAID_OUT
+    assert await chat.page.get("document.querySelectorAll('.calls :is(img, b:not(.mono), script)').length") == 0
+    assert await chat.page.get("window.hit ?? null") is None
+    assert await violations(chat.page) == []
+    tabs.expected.append("status of 413")
+    await chat.page.get("Object.assign(document.querySelector('.call textarea'), { value: 'x'.repeat(300_000) }), null")
+    await chat.press("Send 2 outputs")
+    await chat.has("This message is longer than the server takes.", ".status")
+    await chat.page.wait_for("document.querySelector('.call textarea')?.value.length === 300_000")
+    await chat.page.type_in(".call textarea", "</textarea><script>window.hit = 1</script>")
+    await chat.press("Send 2 outputs")
+    await chat.page.wait_for("document.querySelectorAll('.turn').length === 2")
+    await chat.is_in("completed")
+    [_, turn] = await turns_of(tabs, session)
+    assert [it["output"] for it in turn["items"][:2]] == ["</textarea><script>window.hit = 1</script>", ""]
+    assert await chat.page.get("window.hit ?? null") is None
+
+
+async def test_a_failure_says_why(tabs: Tabs) -> None:
     failing = await open_chat(tabs, await tabs.server.new_session("failing"))
     await failing.send("Fail")
     await failing.is_in("failed")

@@ -1,0 +1,108 @@
+"""A page whose server is stopped, killed, busy and back: all on one server of its own, because starts are dear."""
+
+import json
+import signal
+from pathlib import Path
+
+import trio
+
+from tests.console.chat_page import LAST, ChatPage
+from tests.console.conftest import Tabs, own_server
+from tests.docs.browser import CAP_S
+
+KEY = "a-key-of-sixteen-or-more"
+
+
+async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(tabs: Tabs, tmp_path: Path) -> None:
+    tabs.expected += [
+        "ERR_CONNECTION",
+        "status of 401",
+        "status of 410",
+        "status of 503",
+        "ERR_INCOMPLETE",
+        "ERR_EMPTY",
+    ]
+    settings = {"api_keys": KEY, "drain_timeout_s": "0", "live_turns_max": "2", "checkpoint_interval_s": "0.1"}
+    async with own_server(tmp_path, settings, key=KEY) as (server, process):
+        port, url = process.port, server.url
+        session = await server.new_session("slow")
+        chat = ChatPage(await tabs.open(f"#/chat/{session}", url=url))
+        await chat.has("This server asks for a key", "dialog")
+        await chat.page.type_in("dialog input", KEY)
+        await chat.page.press("Enter")
+        await chat.page.wait_for("document.querySelector('.talk-facts')?.textContent")
+        assert KEY not in await chat.page.get("location.href + document.cookie + JSON.stringify(localStorage)")
+        await chat.send("Count")
+        await chat.replies(" 9 ")
+        process.signal_main(signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            await process.wait_gone()
+    await chat.is_in("interrupted")
+    await chat.has("The server was stopped before the end of this reply. What had arrived is kept.", ".turn-end")
+    await chat.has("The server does not answer.", "#notice")
+    await chat.replies_whole(await chat.copied(".tools > .button"))
+    interrupted = await chat.reply()
+    await chat.send("Are you back?")
+    await chat.has("Attempt ", ".status")
+    async with own_server(tmp_path, settings, port=port, key=KEY) as (server, process):
+        await chat.has("The server is back", "#notice")
+        await chat.page.wait_for("document.querySelectorAll('.turn').length === 2")
+        await chat.replies("0 1 2 3")
+        assert await chat.page.get(f"{LAST}.querySelector('.asked').textContent") == "Are you back?"
+        first, second = (await server.call("GET", f"/sessions/{session}/turns"))["data"]
+        assert [(it["input"], it["state"]) for it in (first, second)] == [
+            ("Count", "interrupted"),
+            ("Are you back?", "running"),
+        ]
+        assert interrupted.split() == first["text"].split()
+
+        # A second turn fills the server, and goes on after the crash; a third one waits for a place.
+        other = ChatPage(await tabs.open("#/chat", url=url))
+        await other.has("This server asks for a key", "dialog")
+        assert json.loads(await other.page.get("JSON.stringify(sessionStorage)")).get("lastcall.key") is None
+        resumed = await server.new_session("slow")
+        body = {"input": "Go on", "background": True, "on_disconnect": "continue", "on_interrupt": "continue"}
+        turn = (await server.call("POST", f"/sessions/{resumed}/turns", body))["id"]
+        await other.page.type_in("dialog input", KEY)
+        await other.page.press("Enter")
+        await other.page.get(f"location.hash = '#/chat/{resumed}'")
+        await other.replies("0 1 2 3")
+        third = ChatPage(await tabs.open("#/chat", url=url))
+        await third.page.type_in("dialog input", KEY)
+        await third.page.press("Enter")
+        await third.send("Is there a place?")
+        await third.has("The server writes as many replies as it may. Attempt 2 in ", ".status")
+        assert (await third.turns())[0][:2] == ["sending", "Is there a place?"]
+
+        await chat.page.call("Page.bringToFront")  # a hidden tab asks for nothing, but for the events of its turns
+        await chat.replies(" 30 ")
+        process.signal_group(signal.SIGKILL)
+        with trio.fail_after(CAP_S):
+            await process.wait_gone()
+    await chat.has("The server does not answer", "#notice")
+    await third.has("The server does not answer. Attempt ", ".status")
+    async with own_server(tmp_path, settings, port=port, key=KEY) as (server, _):
+        await chat.has("The server is back", "#notice")
+        await chat.is_in("interrupted")
+        await chat.has(
+            "The server crashed before the end of this reply. What it had stored is kept.", ".turn:last-child .turn-end"
+        )
+        kept = (await server.call("GET", f"/sessions/{session}/turns/{second['id']}"))["text"]
+        assert kept.split()
+        await chat.page.wait_for(f"{LAST}.querySelector('.markdown').textContent.trim() === {json.dumps(kept.strip())}")
+        assert [it[:2] for it in await chat.turns()] == [["interrupted", "Count"], ["interrupted", "Are you back?"]]
+
+        await other.has(
+            "The server was gone in the middle of this reply, which goes on after what was kept.", ".turn-end"
+        )
+        await other.has("attempt 2 of the server, after what was kept", ".moments")
+        await other.replies(" 60 ")
+        await other.press("Stop")
+        await other.is_in("cancelled")
+        whole = (await server.call("GET", f"/sessions/{resumed}/turns/{turn}"))["text"].split()
+        assert whole == [str(it) for it in range(len(whole))]
+        await other.replies_whole(" ".join(whole))
+        assert (await other.reply()).split() == whole
+        await third.replies("its tasks.")
+        await third.is_in("completed")
+        assert len(await third.turns()) == 1
