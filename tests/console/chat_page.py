@@ -8,6 +8,13 @@ LAST = "document.querySelector('.turn:last-child')"
 REPLY = f"({LAST}?.querySelector('.answer > .parts > .markdown')?.textContent ?? '')"
 
 
+def _usable(words: str) -> str:
+    """The expression for the last button with these words that can be pressed."""
+    named = f"(it.textContent === {json.dumps(words)} || it.getAttribute('aria-label') === {json.dumps(words)})"
+    usable = f"(it) => {named} && it.checkVisibility() && !it.disabled"
+    return f"[...document.querySelectorAll('button')].findLast({usable})"
+
+
 class ChatPage:
     """A tab with the view of conversations."""
 
@@ -20,10 +27,14 @@ class ChatPage:
 
     async def press(self, words: str) -> None:
         """Press the last button with these words, once it is there and can be pressed."""
-        named = f"(it.textContent === {json.dumps(words)} || it.getAttribute('aria-label') === {json.dumps(words)})"
-        usable = f"(it) => {named} && it.checkVisibility() && !it.disabled"
-        found = f"[...document.querySelectorAll('button')].findLast({usable})"
-        await self.page.click_on(found)
+        await self.page.click_on(_usable(words))
+
+    async def press_by_key(self, words: str) -> None:
+        """As :meth:`press`, with the keyboard: for a button that moves while a reply is written."""
+        found = _usable(words)
+        await self.page.wait_for(f"{found} !== undefined")
+        await self.page.get(f"{found}.focus({{ preventScroll: true }})")
+        await self.page.press("Enter")
 
     async def has(self, words: str, where: str = "body") -> None:
         """Return once the page shows these words."""

@@ -54,7 +54,7 @@ async def each_view_finds_the_server(tabs: Tabs, server: Server, front: str) -> 
     await chat.replies("0 1 2 3")
     await page.reload()
     await chat.replies("0 1 2 3 4 5 6 7 8")
-    await chat.press("Cut my connection")
+    await chat.press_by_key("Cut my connection")
     await page.wait_for(f"{LAST}.querySelector('.moments [data-kind=back]')")
     await chat.press("Stop")
     await chat.is_in("cancelled")

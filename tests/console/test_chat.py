@@ -119,7 +119,7 @@ async def test_a_cut_connection_comes_back_with_nothing_lost_and_the_timeline_sh
     await chat.send("Count")
     for times in (1, 2):
         await chat.replies(f" {9 * times} ")
-        await chat.press("Cut my connection")
+        await chat.press_by_key("Cut my connection")
         await chat.page.wait_for(f"{LAST}.querySelectorAll('.moments [data-kind=back]').length === {times}")
     await chat.replies(" 40 ")
     await chat.has("2 cuts, none missing", ".sum")
