@@ -1,5 +1,6 @@
 """A program on a pseudo-terminal, with a small model of its screen; and a server that the tests of a module share."""
 
+import codecs
 import fcntl
 import os
 import pty
@@ -141,6 +142,7 @@ class Terminal:
         self.process = process
         self.screen = screen
         self.raw = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._master = trio.lowlevel.FdStream(os.dup(master))
         self._fd = master
 
@@ -176,8 +178,9 @@ class Terminal:
             data = await self._master.receive_some(65536)
         except trio.BrokenResourceError:  # EIO: the program has closed the terminal
             return False
-        self.raw += data.decode()
-        self.screen.feed(data.decode())
+        text = self._decoder.decode(data)  # a read may end within a character
+        self.raw += text
+        self.screen.feed(text)
         return bool(data)
 
     async def aclose(self) -> None:
