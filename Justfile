@@ -101,9 +101,9 @@ manifests:
     {{ uv }} tool run --quiet "check-jsonschema>=0.39" --builtin-schema vendor.compose-spec deploy/compose.yaml
     {{ uv }} tool run --quiet --from "kubernetes-validate>=1.37" kubernetes-validate --strict deploy/kubernetes.yaml deploy/kubernetes-replicas.yaml
 
-# count what a token and a start execute, and warn where it is 15 % more than recorded; `--record` renews the record
+# count what a token and a start execute, and warn where it is 15 % more than recorded; `--record` renews the record, `--telemetry` counts with all of it on
 hot-path *args:
-    @{{ uv }} run python -m bench.hot_path "$@"
+    @{{ uv }} run --extra otel python -m bench.hot_path "$@"
 
 # which workarounds the newest hypercorn, quart-trio and trio still need; `--python 3.13` for those of another Python
 removal *args:

@@ -28,6 +28,8 @@ from bench.shutdown_report import draw_table, write_markdown
 from bench.stage import Place
 from bench.table import Table
 
+TELLING = ("relay", "herd")
+"""The scenarios that can show what telemetry costs: a token, and a start."""
 _RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,6 +48,11 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
     parser.add_argument("--streams", default="", metavar="N", help="numbers of streams, by comma")
     parser.add_argument("--modes", default="", metavar="NAMES", help=f"of relay, by comma: {', '.join(MODES)}")
     parser.add_argument("--faces", default="", metavar="NAMES", help=f"of relay, by comma: {', '.join(FACES)}")
+    parser.add_argument(
+        "--telemetry",
+        action="store_true",
+        help=f"of {' and '.join(TELLING)}: Lastcall with access log and traces, too; with --compare the second version",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="how often each is measured")
     parser.add_argument("--cap", type=float, default=CAP_S, metavar="SECONDS", help="then a server is killed")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go")
@@ -64,6 +71,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
         parser.error("--faces belongs to relay without --compare")
     if faces and only and not any(contender.faces for contender in choose(only)):
         parser.error(f"--faces: only a Lastcall has them, not {', '.join(only)}")
+    if options.telemetry and (faces or options.scenario not in TELLING):
+        parser.error(f"--telemetry belongs to {' and '.join(TELLING)} without --faces")
     if options.compare is not None:
         _check_comparison(parser, options.scenario, only, options.compare)
     programme = Programme(
@@ -73,6 +82,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
         streams=[int(number) for number in options.streams.split(",") if number],
         modes=modes or MODES,
         faces=faces,
+        telemetry=options.telemetry,
         repeats=options.repeats,
         cap_s=options.cap,
     )
@@ -106,7 +116,10 @@ def _compared(programme: Programme, argument: str | None) -> Iterator[Programme]
         return
     (contender,) = choose(programme.only or ["lastcall"])
     with open_versions(argument) as versions:
-        yield replace(programme, compared=sides(contender, versions))
+        first, second = sides(contender, versions)
+        if programme.telemetry:
+            (second,) = second.with_telemetry()
+        yield replace(programme, compared=(first, second))
 
 
 async def run(programme: Programme, out: Path, console: Console) -> None:

@@ -25,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -80,17 +81,25 @@ def _ratio(name: str, kind: str, counted: Counts, recorded: Counts | None) -> fl
     return ratio * recorded["calibration"] / counted["calibration"] if kind == "instructions" else ratio
 
 
-def count(kind: str, load: Sequence[str] = ("-m", "bench.hot_path_load"), *, time_max_s: float) -> Counts:
-    """Count in a process of its own. ``load`` is the program of that process.
+def count(
+    kind: str, load: Sequence[str] = ("-m", "bench.hot_path_load"), *, time_max_s: float, telemetry: bool = False
+) -> Counts:
+    """Count in a process of its own.
+
+    Args:
+        load: The program of that process.
+        telemetry: Whether the server has its access log and its traces on.
 
     Raises:
         NotCountedError: This machine cannot, or the load has failed.
     """
-    command = [sys.executable, *load, kind]
+    if telemetry and find_spec("opentelemetry") is None:
+        raise NotCountedError("there are no traces to be counted: the extra otel is not installed")
+    command = [sys.executable, *load, kind, *(["telemetry"] if telemetry else [])]
     with TemporaryDirectory() as folder:
         if kind == "instructions":
             command = [*_callgrind(Path(folder)), *command]
-        env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("LASTCALL_", "OTEL_"))}
         env |= {"PYTHONHASHSEED": "0"}
         try:
             done = subprocess.run(
@@ -128,14 +137,15 @@ def read_record() -> dict[str, dict[str, dict[str, int]]]:
         return {}
 
 
-def run(kinds: Sequence[str], *, record: bool) -> list[Verdict]:
-    """Count, compare and print. Returns all comparisons."""
+def run(kinds: Sequence[str], *, record: bool, telemetry: bool = False) -> list[Verdict]:
+    """Count, compare and print. Returns all comparisons. With telemetry the record is still that of a count without."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     known = read_record()
     verdicts = []
     for kind in kinds:
         try:
-            counted = count(kind, time_max_s=_TIME_MAX_S[kind] * (_RECORD_TIMES_LONGER if record else 1))
+            time_max_s = _TIME_MAX_S[kind] * (_RECORD_TIMES_LONGER if record or telemetry else 1)
+            counted = count(kind, time_max_s=time_max_s, telemetry=telemetry)
         except NotCountedError as error:
             print(f"hot path: {kind} were not counted: {error}")
             continue
@@ -157,9 +167,13 @@ def run(kinds: Sequence[str], *, record: bool) -> list[Verdict]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="just hot-path", description="What do a token and a start cost?")
     parser.add_argument("--record", action="store_true", help="renew the record of this Python")
+    parser.add_argument("--telemetry", action="store_true", help="with access log and traces, beside the same record")
     parser.add_argument("--only", choices=tuple(_TIME_MAX_S), help="one kind of count")
     options = parser.parse_args()
-    run([options.only] if options.only else tuple(_TIME_MAX_S), record=options.record)
+    if options.record and options.telemetry:
+        parser.error("the record is that of a server without --telemetry")
+    kinds = [options.only] if options.only else tuple(_TIME_MAX_S)
+    run(kinds, record=options.record, telemetry=options.telemetry)
 
 
 if __name__ == "__main__":

@@ -260,8 +260,13 @@ _FRAME = (
 _TOKEN = b"%x\r\n%b\r\n" % (len(_FRAME % b""), _FRAME.replace(b"%-60b", b"%-60d"))
 
 
-def serve(counter: Counter) -> None:
-    """Serve as ``lastcall serve`` does, until the load is over; then the process ends with its counts on stdout."""
+def serve(counter: Counter, *, telemetry: bool = False) -> None:
+    """Serve as ``lastcall serve`` does, until the load is over; then the process ends with its counts on stdout.
+
+    Args:
+        telemetry: Whether access log and traces are on. No span is sent: that is another thread's work, which is not
+            counted, and would begin at some moment of the load.
+    """
     clock = StandingClock()
     feeder = Feeder(counter, clock)
     os.environ |= {
@@ -271,6 +276,12 @@ def serve(counter: Counter) -> None:
         "LASTCALL_MODEL_URL": feeder.upstream_url,
         "LASTCALL_LOG_LEVEL": "error",
     }
+    if telemetry:
+        os.environ |= {
+            "LASTCALL_ACCESS_LOG": "on",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+            "OTEL_BSP_SCHEDULE_DELAY": "3600000",
+        }
     # The service measures its own delays and steps with these.
     time.perf_counter = time.thread_time = clock.current_time
 
@@ -284,4 +295,4 @@ def serve(counter: Counter) -> None:
 COUNTERS: dict[str, Callable[[], Counter]] = {"bytecodes": BytecodeCounter, "instructions": CallgrindCounter}
 
 if __name__ == "__main__":
-    serve(COUNTERS[sys.argv[1]]())
+    serve(COUNTERS[sys.argv[1]](), telemetry="telemetry" in sys.argv[2:])

@@ -44,6 +44,7 @@ class Programme:
     cap_s: float = CAP_S
     modes: Sequence[str] = relay.MODES
     faces: Sequence[str] = ()  # of relay: paths of OpenAI's API that are measured beside the native one
+    telemetry: bool = False  # each Lastcall is measured with all telemetry, too
     compared: tuple[Contender, Contender] | None = None  # one service from two commits: no other server takes part
 
     @property
@@ -61,8 +62,13 @@ class Programme:
 
     @property
     def contenders(self) -> list[Contender]:
-        """Return the chosen contenders that can run on this machine, each followed by its faces."""
-        return [one for contender in self._native for one in (contender, *contender.through(self.faces))]
+        """Return the chosen contenders that can run on this machine, each followed by its variants."""
+        return [one for contender in self._native for one in (contender, *self._variants_of(contender))]
+
+    def _variants_of(self, contender: Contender) -> list[Contender]:
+        """Return the same server by its faces, and with all telemetry, as far as that is asked for."""
+        telling = contender.with_telemetry() if self.telemetry and not self.compared else []
+        return [*contender.through(self.faces), *(it for it in telling if it.missing is None)]
 
     @property
     def _native(self) -> list[Contender]:
@@ -81,14 +87,14 @@ class Programme:
     def pairs(self) -> list[tuple[Contender, Contender]]:
         """Return the servers to compare, if there are several repeats.
 
-        These are the first contender beside each other one, and each face beside the native API of its server.
+        These are the first contender beside each other one, and each variant of a server beside the server itself.
         """
         if self.compared:
             return [self.compared]
         if self.times == 1:
             return []
         servers = [(other, self._native[0]) for other in self._native[1:]]
-        return servers + [(native, face) for native in self._native for face in native.through(self.faces)]
+        return servers + [(native, it) for native in self._native for it in self._variants_of(native)]
 
     def in_turn(self, repeat: int) -> list[Contender]:
         """Return the contenders in the order of this repeat: each repeat begins with another one."""

@@ -24,7 +24,10 @@ _HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
+_TAKEN = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-protobuf\r\nContent-Length: 0\r\n\r\n"
 _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+TRACES = "/v1/traces"
+"""Where a service's traces are taken, and forgotten: a collector's place, so that a measurement needs none."""
 _REQUEST_BYTES_MAX = 8 * 1024 * 1024
 
 
@@ -168,7 +171,7 @@ class Upstream:
                     if path.endswith("/chat/completions"):
                         await self._serve_reply(sock, body)
                     else:
-                        await send_all(sock, _NOT_FOUND)
+                        await send_all(sock, _TAKEN if path == TRACES else _NOT_FOUND)
             except OSError:
                 return
 

@@ -39,6 +39,7 @@ class Contender:
         faces: The paths of OpenAI's API by which it can be asked as well, by their names for ``--faces``.
         path: The path by which it is asked.
         folder: Where its program lies.
+        traces: Whether it sends traces to the model server's process, which takes them and keeps none.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Contender:
     faces: Mapping[str, str] = field(default_factory=dict)
     path: str = CHAT
     folder: Path = ROOT
+    traces: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -70,8 +72,31 @@ class Contender:
             if face in self.faces
         ]
 
+    def with_telemetry(self) -> "list[Contender]":
+        """Return this server with all its telemetry on, access log and traces beside the metrics; none if it has none.
+
+        The libraries of traces have to be installed.
+        """
+        if not self.is_lastcall:
+            return []
+        telling = replace(
+            self,
+            name=f"{self.name}-telemetry",
+            label=f"{self.label}, all telemetry",
+            env={**self.env, "LASTCALL_ACCESS_LOG": "on"},
+            needs=(*self.needs, "opentelemetry"),
+            traces=True,
+        )
+        return [telling]
+
+    @property
+    def is_lastcall(self) -> bool:
+        return "LASTCALL_MODEL" in self.env
+
     def launch(self, *, upstream_url: str, store: Path, cpus: str | None) -> Launch:
         env = {"BENCH_UPSTREAM": upstream_url, "LASTCALL_MODEL_URL": upstream_url}
+        if self.traces:
+            env["OTEL_EXPORTER_OTLP_ENDPOINT"] = upstream_url.removesuffix("/v1")
         if self.store_env is not None:
             env[self.store_env[0]] = self.store_env[1](store)
         return Launch(self.argv, env=env | dict(self.env), workers=self.workers, cpus=cpus, folder=self.folder)

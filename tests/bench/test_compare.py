@@ -197,6 +197,8 @@ def test_a_branch_with_a_slash_and_an_ancestor_are_commits() -> None:
         (("herd", "--faces", "responses"), "--faces belongs to relay without --compare"),
         (("relay", "--faces", "responses", "--compare", "HEAD"), "--faces belongs to relay without --compare"),
         (("relay", "--faces", "native"), "no such face: native"),
+        (("idle", "--telemetry"), "--telemetry belongs to relay and herd without --faces"),
+        (("relay", "--faces", "responses", "--telemetry"), "--telemetry belongs to relay and herd without --faces"),
         (("relay", "--faces", "responses", "--only", "tuned,node"), "only a Lastcall has them, not tuned, node"),
     ],
 )

@@ -216,6 +216,24 @@ def test_each_face_is_measured_after_its_server_and_compared_with_its_native_api
     ]
 
 
+def test_lastcall_is_measured_with_all_telemetry_after_it_is_without() -> None:
+    programme = Programme("relay", "usual", only=["lastcall", "trio"], telemetry=True, repeats=2)
+    told, _, plain = programme.in_turn(1)
+    assert [told.name, plain.name] == ["lastcall-telemetry", "lastcall"]
+    assert [(first.name, second.name) for first, second in programme.pairs] == [
+        ("trio", "lastcall"),
+        ("lastcall", "lastcall-telemetry"),
+    ]
+    with_it, without = (
+        it.launch(upstream_url="http://127.0.0.1:9/v1", store=Path("a.db"), cpus=None).env for it in (told, plain)
+    )
+    assert dict(with_it) == {
+        **without,
+        "LASTCALL_ACCESS_LOG": "on",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+    }
+
+
 @pytest.mark.parametrize(
     ("path", "asked"),
     [
