@@ -5,6 +5,7 @@ The thread is a daemon, so that a disk or a network that hangs cannot keep the p
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from service.errors import StoreError
 
 D = TypeVar("D")
 """The connection, as the steps see it."""
+A = TypeVar("A")
 T = TypeVar("T")
 
 CLAIMED_GRACE_S = 0.25
@@ -27,6 +29,24 @@ STEPS_MAX = 20_000
 PAUSE_S = 0.01
 """The shortest pause between two calls of ``run_housekeeping`` without a step: for other processes that wait for the
 lock."""
+
+
+class Joined(Generic[D, A, T]):
+    """A call that several steps make together, if they are in one transaction.
+
+    Args:
+        make: The call for all of them: called with an argument of each, it returns a result for each. Steps with equal
+            ones go together.
+        argument: That of one step.
+    """
+
+    def __init__(self, make: Callable[[D, Sequence[A]], Sequence[T]], argument: A) -> None:
+        self.make = make
+        self.argument = argument
+
+    def __call__(self, db: D) -> T:
+        (result,) = self.make(db, [self.argument])
+        return result
 
 
 class Step(Generic[D, T]):
@@ -76,11 +96,32 @@ class Step(Generic[D, T]):
         assert self._call is not None, "a dropped step never runs"
         self._result = self._call(db)
 
+    @property
+    def joined(self) -> Joined[D, Any, T] | None:
+        """The call, if several steps may make it together."""
+        return self._call if isinstance(self._call, Joined) else None
+
+    def take(self, result: T) -> None:
+        """Take the result of a call that several steps have made together."""
+        self._result = result
+
     def outcome(self) -> T:
         """Raises: The step's error."""
         if self.error is not None:
             raise self.error
         return self._result  # type: ignore[return-value]
+
+
+def run_together(db: D, steps: Iterable[Step[D, Any]]) -> None:
+    """Run claimed steps in their order; those that make a call together in one call. Raises: The errors of a step."""
+    for make, some in groupby(steps, lambda step: None if step.joined is None else step.joined.make):
+        if make is None:
+            for step in some:
+                step.run(db)
+            continue
+        alike = [(step, step.joined.argument) for step in some if step.joined is not None]
+        for (step, _), result in zip(alike, make(db, [argument for _, argument in alike]), strict=True):
+            step.take(result)
 
 
 class Batches(Protocol[D]):

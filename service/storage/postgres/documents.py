@@ -23,11 +23,17 @@ _MARKS = len(LEVELS) + 2
 _BLOCK_MARKS = ", ".join(f"'{mark}' || (number >> {bits})" for mark, bits in zip(_BLOCKS, LEVELS, strict=True))
 
 
-def _insert(rows: str, *, session: str = "%(session)s", number: str = "nextval('{s}.documents_key_seq')") -> str:
+def _insert(
+    rows: str,
+    *,
+    session: str = "%(session)s",
+    number: str = "nextval('{s}.documents_key_seq')",
+    each: str = "turn, terms",
+) -> str:
     """The statement that adds documents.
 
     Args:
-        rows: A query of their columns ``turn`` and ``terms``.
+        rows: A query of their columns ``turn`` and ``terms``, or of those in ``each``.
         session: The key of their session.
         number: The number of each.
     """
@@ -35,15 +41,17 @@ def _insert(rows: str, *, session: str = "%(session)s", number: str = "nextval('
         "INSERT INTO {s}.documents (key, session, turn, terms) OVERRIDING SYSTEM VALUE "
         f"SELECT number, sessions.key, turn, "
         f"ARRAY[{_BLOCK_MARKS}, '{_OWNER}' || owner_name, '{_SESSION}' || sessions.key] || terms "
-        f"FROM (SELECT {number} AS number, turn, terms FROM ({rows}) AS given_rows) AS added, "
+        f"FROM (SELECT {number} AS number, {each} FROM ({rows}) AS given_rows) AS added, "
         f"{{s}}.sessions WHERE sessions.key = {session}"
     )
 
 
 ADD_OWN = _insert(
-    "SELECT key AS turn, string_to_array(%(terms)s::text, ' ') AS terms FROM own", session="(SELECT session FROM own)"
+    "SELECT key AS turn, session, string_to_array(terms, ' ') AS terms FROM own",
+    session="added.session",
+    each="turn, session, terms",
 )
-"""A part of a statement: indexes the turn of the table ``own``, whose ``terms`` stand in one text."""
+"""A part of a statement: indexes the turns of the table ``own``, each with its ``terms`` in one text."""
 _ADD = _insert(
     "SELECT turn, string_to_array(joined, ' ') AS terms "  # no term has a space
     "FROM unnest(%(turns)s::bigint[], %(terms)s::text[]) WITH ORDINALITY AS given (turn, joined, place) ORDER BY place"

@@ -1,7 +1,6 @@
 """The rows of a turn's end: the same for a normal end and for a recovery."""
 
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 
 import msgspec
@@ -10,41 +9,68 @@ from service.storage import rules
 from service.storage.moments import moment
 from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, removals, segments, trees
-from service.storage.postgres.connections import Cursor, Db
+from service.storage.postgres.connections import Db
 from service.storage.postgres.rows import Row
 from service.storage.postgres.turn_rows import values_of
 from service.storage.records import TurnRecord
 
-# First the session: a step that has locked it may wait for the turn.
-_LOCKED = "locked AS (SELECT key FROM {s}.sessions WHERE id = %(session_id)s FOR NO KEY UPDATE)"
-_OWN = "id = %(id)s AND owner = %(owner)s AND session = (SELECT key FROM locked)"
-_COUNT = """
-UPDATE {s}.sessions SET open_turns = open_turns - 1, owner = CASE open_turns WHEN 1 THEN NULL ELSE sessions.owner END,
-    message_count = message_count + %(message_count)s, input_tokens = input_tokens + %(input_tokens)s,
-    output_tokens = output_tokens + %(output_tokens)s, reasoning_tokens = reasoning_tokens + %(reasoning_tokens)s,
-    cached_tokens = cached_tokens + %(cached_tokens)s, last_accessed_at = %(now)s, expires_at = %(now)s + idle_us
-FROM own WHERE sessions.key = own.session
+_COUNTS = ("message_count", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens")
+_COLUMNS = {
+    "state": "text",
+    "started_at": "bigint",
+    "ended_at": "bigint",
+    "last_seq": "bigint",
+    "message_items": "int",
+    "message_bytes": "bigint",
+    "messages": "int",
+    "text_bytes": "bigint",
+    "settings": "bytea",
+    "output": "bytea",
+    "runs": "bytea",
+}
+"""The columns of a turn that its end sets."""
+_VALUES = {"id": "text", "now": "bigint", "terms": "text"} | dict.fromkeys(_COUNTS, "bigint") | _COLUMNS
+"""What the statement has of each end."""
+
+# First the sessions: a step that has locked one may wait for its turns.
+_LOCKED = "locked AS (SELECT key FROM {s}.sessions WHERE id = ANY(%(sessions)s::text[]) ORDER BY key FOR NO KEY UPDATE)"
+# With ``+ 0`` a turn is found by its id: an index of all open turns of the owner, or of all turns of the session, would
+# be gone through for each.
+_OWN = "turns.owner + 0 = %(owner)s AND turns.session + 0 IN (SELECT key FROM locked)"
+_COUNT = f"""
+UPDATE {{s}}.sessions SET open_turns = sessions.open_turns - it.ends,
+    owner = CASE sessions.open_turns WHEN it.ends THEN NULL ELSE sessions.owner END,
+    {", ".join(f"{name} = sessions.{name} + it.{name}" for name in _COUNTS)},
+    last_accessed_at = it.now, expires_at = it.now + idle_us
+FROM (
+    SELECT session, count(*)::int AS ends, max(now) AS now,
+        {", ".join(f"sum({name})::bigint AS {name}" for name in _COUNTS)} FROM own GROUP BY session
+) AS it WHERE sessions.key = it.session
 """
 _END = f"""
 WITH {_LOCKED}, own AS (
-    UPDATE {{s}}.turns SET owner = NULL, segment = NULL, state = %(state)s, started_at = %(started_at)s,
-        ended_at = %(ended_at)s, last_seq = %(last_seq)s, message_items = %(message_items)s,
-        message_bytes = %(message_bytes)s, messages = %(messages)s, text_bytes = %(text_bytes)s,
-        settings = %(settings)s, output = %(output)s, runs = %(runs)s
-    WHERE {_OWN} RETURNING key, session
+    UPDATE {{s}}.turns SET owner = NULL, segment = NULL, {", ".join(f"{name} = it.{name}" for name in _COLUMNS)}
+    FROM unnest({", ".join(f"%({name})s::{kind}[]" for name, kind in _VALUES.items())}) AS it ({", ".join(_VALUES)})
+    WHERE turns.id = it.id AND {_OWN}
+    RETURNING turns.id, turns.key, turns.session, it.now, it.terms, {", ".join(f"it.{name}" for name in _COUNTS)}
 ), counted AS ({_COUNT}), indexed AS ({documents.ADD_OWN}), dropped AS ({segments.DROP_OLD})
-SELECT key FROM own
+SELECT id, key FROM own
 """
 _REMOVE = f"""
-WITH {_LOCKED}, own AS (DELETE FROM {{s}}.turns WHERE {_OWN} RETURNING session, parent, place),
-    counted AS ({_COUNT}), dropped AS ({segments.DROP_OLD})
+WITH {_LOCKED}, own AS (
+    DELETE FROM {{s}}.turns WHERE turns.id = %(id)s AND {_OWN}
+    RETURNING turns.session, parent, place, %(now)s::bigint AS now,
+        {", ".join(f"%({name})s::bigint AS {name}" for name in _COUNTS)}
+), counted AS ({_COUNT}), dropped AS ({segments.DROP_OLD})
 SELECT own.session, own.parent, own.place, sessions.ephemeral
 FROM own JOIN {{s}}.sessions ON sessions.key = own.session
 """
+_BYTES_AT_ONCE = 1024 * 1024
+"""The texts of turns that end by one statement."""
 
 
 class End(msgspec.Struct, frozen=True):
-    """The end of an open turn: the whole record, its events and the terms of its texts.
+    """The end of an open turn: the whole record, its events, the terms of its texts, and when its session was used.
 
     Attributes:
         terms: Not for an ephemeral turn, which no search has.
@@ -53,11 +79,15 @@ class End(msgspec.Struct, frozen=True):
     turn: TurnRecord
     runs: Sequence[Run]
     terms: Collection[str]
+    now: datetime
 
 
-def keep_ends(db: Db, ends: Sequence[End], now: datetime, *, owner: int) -> list[bool]:
-    """Keep the ends of turns, and what they change in their sessions, which are used at ``now``. An ephemeral turn is
-    removed instead.
+def keep_ends(db: Db, ends: Sequence[End], *, owner: int) -> list[bool]:
+    """Keep the ends of turns, and what they change in their sessions, which are used. Ephemeral turns are removed
+    instead.
+
+    To plan the statement takes PostgreSQL longer than to do it for one turn, so it is one for many. The ids of the
+    turns differ.
 
     Args:
         owner: The owner of the turns.
@@ -65,46 +95,64 @@ def keep_ends(db: Db, ends: Sequence[End], now: datetime, *, owner: int) -> list
     Returns:
         Of each end whether it was kept: whether the turn was open and this owner's.
     """
-    with db.pipeline() if len(ends) > 1 else nullcontext():
-        sent = [_send(db, it, now, owner) for it in ends]
-    rows: list[Row | None] = [cursor.fetchone() for cursor, _ in sent]
-    for it, row, (_, is_in_pages) in zip(ends, rows, sent, strict=True):
-        if row is not None:
-            _finish(db, it, row, is_in_pages=is_in_pages)
-    return [row is not None for row in rows]
+    kept: set[str] = set()
+    for some in _parts([it for it in ends if not it.turn.ephemeral]):
+        kept |= _keep(db, some, owner)
+    for it in ends:
+        if it.turn.ephemeral and _remove(db, it, owner):
+            kept.add(it.turn.id)
+    return [it.turn.id in kept for it in ends]
 
 
-def _send(db: Db, end: End, now: datetime, owner: int) -> tuple[Cursor, bool]:
-    """Run the statement of an end. Returns its result, and whether the turn is too long for one row."""
+def _parts(ends: Sequence[End]) -> Iterator[list[End]]:
+    part: list[End] = []
+    size = 0
+    for it in ends:
+        length = it.turn.text_bytes
+        if part and size + length > _BYTES_AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(it)
+        size += length
+    if part:
+        yield part
+
+
+def _keep(db: Db, ends: Sequence[End], owner: int) -> set[str]:
+    """Keep ends by one statement. Returns the ids of the turns that it has ended."""
+    rows = [_values_of(it) for it in ends]
+    values: dict[str, object] = {name: [row[name] for row in rows] for name in _VALUES}
+    values |= {"ids": values["id"], "sessions": list({it.turn.session_id for it in ends}), "owner": owner}
+    keys: dict[str, int] = dict(db.execute(_END, values).fetchall())
+    in_pages = [it for it, row in zip(ends, rows, strict=True) if row["runs"] is None and it.turn.id in keys]
+    if in_pages:
+        event_pages.add(db, ((keys[it.turn.id], it.turn, it.runs) for it in in_pages))
+    return set(keys)
+
+
+def _values_of(end: End) -> dict[str, object]:
     turn = end.turn
+    values = values_of(turn) | event_pages.values_of_events(turn, end.runs)
+    return values | _counts_of(turn) | {"now": moment(end.now), "terms": " ".join(end.terms)}
+
+
+def _counts_of(turn: TurnRecord) -> dict[str, object]:
     counts = rules.counts_of_end(turn)
-    values: dict[str, object] = {
-        "id": turn.id,
-        "session_id": turn.session_id,
-        "owner": owner,
-        "now": moment(now),
-        "message_count": counts.message_count,
-        "input_tokens": counts.input_tokens,
-        "output_tokens": counts.output_tokens,
-        "reasoning_tokens": counts.reasoning_tokens,
-        "cached_tokens": counts.cached_tokens,
-    }
-    if turn.ephemeral:
-        return db.execute(_REMOVE, values), False
-    values |= values_of(turn) | event_pages.values_of_events(turn, end.runs) | {"terms": " ".join(end.terms)}
-    return db.execute(_END, values), values["runs"] is None
+    return {name: getattr(counts, name) for name in _COUNTS}
 
 
-def _finish(db: Db, end: End, row: Row, *, is_in_pages: bool) -> None:
-    """Keep what few ends need besides their statement, whose result is the row."""
+def _remove(db: Db, end: End, owner: int) -> bool:
+    """Remove an ephemeral turn, and its session if it is of this turn only. Returns whether the turn was open and this
+    owner's."""
     turn = end.turn
-    if not turn.ephemeral:
-        if is_in_pages:
-            event_pages.add(db, [(row[0], turn, end.runs)])
-        return
+    values = {"id": turn.id, "ids": [turn.id], "sessions": [turn.session_id], "owner": owner, "now": moment(end.now)}
+    row: Row | None = db.execute(_REMOVE, values | _counts_of(turn)).fetchone()
+    if row is None:
+        return False
     session, parent, place, is_alone = row
     if is_alone:
         removals.remove_empty(db, [session])
     else:
         trees.move_up(db, session, parent, place)
         idempotency.cut_off_turns(db, session, [turn.id])
+    return True

@@ -108,12 +108,12 @@ def _recover_some(
         if rules.resumes(turn):
             released.append(Suspension(rules.released(turn, it.items, it.texts), it.runs))
         else:
-            ends.append(_end_of(rules.crashed(turn, it.items, it.texts, now), it))
-    keep_ends(db, ends, now, owner=owner)
+            ends.append(_end_of(rules.crashed(turn, it.items, it.texts, now), it, now))
+    keep_ends(db, ends, owner=owner)
     suspensions.keep(db, released, now, owner=owner)
     suspensions.leave(db, taken, owner=owner)
     return len(ends)
 
 
-def _end_of(turn: TurnRecord, grown: Grown) -> End:
-    return End(turn, grown.runs, () if turn.ephemeral else terms_at_once(turn))
+def _end_of(turn: TurnRecord, grown: Grown, now: datetime) -> End:
+    return End(turn, grown.runs, () if turn.ephemeral else terms_at_once(turn), now)

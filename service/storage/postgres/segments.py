@@ -34,8 +34,8 @@ _DROP_OLD = (
     "DELETE FROM {s}.segments WHERE owner = %(owner)s "
     f"AND seq < coalesce((SELECT min(segment) FROM {{s}}.turns WHERE owner = %(owner)s{{besides}}), {_NONE})"
 )
-DROP_OLD = _DROP_OLD.replace("{besides}", " AND id <> %(id)s")
-"""A part of a statement: removes the segments of an owner that none of its open turns needs but the one that ends."""
+DROP_OLD = _DROP_OLD.replace("{besides}", " AND id <> ALL(%(ids)s::text[])")
+"""A part of a statement: removes the segments of an owner that none of its open turns needs but those that end."""
 # A turn that is not this owner's open one has the key 0 there. A checkpoint may overtake the start of its turn, which
 # another thread makes because of a lock: then the row of the turn gets this segment, and the start keeps it.
 _ADD = """

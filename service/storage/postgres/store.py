@@ -41,6 +41,7 @@ from service.storage.postgres import (
     turns,
 )
 from service.storage.postgres.connections import Db, Line, Me, connect_first, name_of_store
+from service.storage.postgres.ends import End
 from service.storage.postgres.faults import Faults, startup_error
 from service.storage.postgres.late_answers import LateAnswers
 from service.storage.postgres.open_turns import OpenTurns
@@ -70,7 +71,7 @@ from service.storage.records import (
     TurnRecord,
 )
 from service.storage.search import search_query, terms_of
-from service.storage.sql_thread import SqlThread, Step
+from service.storage.sql_thread import Joined, SqlThread, Step
 from service.storage.standing import Standing
 from service.storage.store import PAGE_LENGTH_MAX, Monotonic
 from service.telemetry.metrics.metrics import Metrics
@@ -509,12 +510,13 @@ class PostgresStore:
     ) -> EndResult:
         terms = () if turn.ephemeral else await terms_of(turn)
         try:
-            return await self._write_own(
-                lambda db: turns.end(db, turn, runs, self.me, now, terms=terms, leaves=self._has_suspended)
-            )
+            return await self._write_own(Joined(self._end_all, End(turn, runs, terms, now)))
         except FenceLostError:
             kept = await self._read(lambda db: turns.find(db, turn.session_id, turn.id))
             return rules.result_of_late_end(kept, turn)
+
+    def _end_all(self, db: Db, ends: Sequence[End]) -> Sequence[EndResult]:
+        return turns.end_all(db, ends, self.me, leaves=self._has_suspended)
 
     async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
         self._has_suspended = True

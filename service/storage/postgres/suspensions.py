@@ -50,7 +50,7 @@ _LEAVE = (
     "AND key <> ALL(ARRAY(SELECT session FROM {s}.turns WHERE owner = %(owner)s))"
 )
 _LEAVE_BY_KEY = _LEAVE.replace("{which}", "key = ANY(%(sessions)s::bigint[])")
-_LEAVE_BY_ID = _LEAVE.replace("{which}", "id = %(session)s")
+_LEAVE_BY_ID = _LEAVE.replace("{which}", "id = ANY(%(sessions)s::text[])")
 _SUSPENDED = f"SELECT id FROM {{s}}.turns WHERE id = ANY(%s) AND owner = {NOBODY}"
 _WAITING = (
     "SELECT id, owner, state, options FROM {s}.turns "
@@ -119,9 +119,10 @@ def leave(db: Db, sessions: Collection[int], *, owner: int) -> None:
         db.execute(_LEAVE_BY_KEY, {"sessions": list(sessions), "owner": owner})
 
 
-def leave_after_end(db: Db, session_id: str, *, owner: int) -> None:
-    """:func:`leave` after the end of a turn."""
-    db.execute(_LEAVE_BY_ID, {"session": session_id, "owner": owner})
+def leave_after_ends(db: Db, session_ids: Collection[str], *, owner: int) -> None:
+    """:func:`leave` after the ends of turns."""
+    if session_ids:
+        db.execute(_LEAVE_BY_ID, {"sessions": list(session_ids), "owner": owner})
 
 
 def note(db: Db, session: int, *, open_turns: int) -> None:

@@ -1,6 +1,6 @@
 """The steps that read and write turns, each within a transaction. A step refuses before its first write."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
@@ -9,7 +9,6 @@ from service.errors import SessionNotFoundError, TurnInProgressError, TurnNotFou
 from service.storage import rules
 from service.storage.moments import moment
 from service.storage.page_cursor import TurnPosition, encode_cursor
-from service.storage.pieces import Run
 from service.storage.postgres import event_pages, idempotency, owners, paths, recovery, removals, sessions, suspensions
 from service.storage.postgres.connections import Db, Me
 from service.storage.postgres.ends import End, keep_ends
@@ -235,14 +234,19 @@ def start(db: Db, turn_id: str, me: Me, now: datetime) -> bool:
     return db.execute(_START, values).fetchone() is not None
 
 
-def end(
-    db: Db, turn: TurnRecord, runs: Sequence[Run], me: Me, now: datetime, *, terms: Collection[str], leaves: bool
-) -> EndResult:
-    """Keep a turn's end. ``leaves``: this owner has suspended turns, perhaps the other open ones of this session."""
-    (is_kept,) = keep_ends(db, [End(turn, runs, terms)], now, owner=me.fence)
-    if leaves and is_kept:
-        suspensions.leave_after_end(db, turn.session_id, owner=me.fence)
-    return EndResult.KEPT if is_kept else rules.result_of_late_end(find(db, turn.session_id, turn.id), turn)
+def end_all(db: Db, ends: Sequence[End], me: Me, *, leaves: bool) -> list[EndResult]:
+    """Keep ends of turns. ``leaves``: this owner has suspended turns, perhaps the other open ones of these sessions."""
+    first = {it.turn.id: it for it in reversed(ends)}  # two calls may tell the end of one turn
+    kept = keep_ends(db, list(first.values()), owner=me.fence)
+    if leaves:
+        suspensions.leave_after_ends(db, {it.turn.session_id for it in first.values()}, owner=me.fence)
+    ended = {turn_id for turn_id, is_kept in zip(first, kept, strict=True) if is_kept}
+    return [
+        EndResult.KEPT
+        if it.turn.id in ended and it is first[it.turn.id]
+        else rules.result_of_late_end(find(db, it.turn.session_id, it.turn.id), it.turn)
+        for it in ends
+    ]
 
 
 def find(db: Db, session_id: str, turn_id: str) -> TurnRecord | None:

@@ -1,5 +1,8 @@
 """A thread that writes: each step is a transaction, and steps on turns of this owner share one.
 
+Ends of turns that share a transaction share a statement, too: a stop ends hundreds of turns at once, and to plan the
+statement costs the server more than to do it for one turn.
+
 A step that would wait for a lock is handed over to the thread of the long changes. These are usually what it waits for,
 and the steps of other sessions do not wait for them.
 
@@ -27,7 +30,7 @@ from service.storage.postgres.connections import (
 from service.storage.postgres.faults import Faults
 from service.storage.postgres.owners import EpochPassedError, Ownership
 from service.storage.postgres.running import RunningStep
-from service.storage.sql_thread import Step
+from service.storage.sql_thread import Step, run_together
 from service.telemetry.metrics import families
 from service.telemetry.metrics.metrics import Metrics
 
@@ -126,12 +129,8 @@ class Writer:
         if len(steps) == 1:
             return steps if self._run_alone(steps[0]) else ()
 
-        def run_all(db: Db) -> None:
-            for step in steps:
-                step.run(db)
-
         try:
-            self._transact(run_all, steps=len(steps))
+            self._transact(lambda db: run_together(db, steps), steps=len(steps))
         except StoreError as error:  # the fault is the same for all steps
             for step in steps:
                 step.error = error
