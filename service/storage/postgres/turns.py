@@ -54,9 +54,9 @@ UPDATE {{s}}.sessions SET head = %(head)s, open_turns = %(open_turns)s, owner = 
     message_count = %(message_count)s, last_accessed_at = %(last_accessed_at)s, expires_at = %(expires_at)s
 WHERE key = %(session)s
 """
-# A turn that was adopted while it was queued has its first events in an earlier segment.
+# A turn that was adopted while it was queued has its first events in an earlier segment. ``+ 0`` as in ``ends.py``.
 _START = f"""
-WITH own AS (SELECT key, state FROM {{s}}.turns WHERE id = %(turn)s AND owner = %(owner)s), started AS (
+WITH own AS (SELECT key, state FROM {{s}}.turns WHERE id = %(turn)s AND owner + 0 = %(owner)s), started AS (
     UPDATE {{s}}.turns SET state = 'running', started_at = %(now)s, segment = least(segment, {SEGMENT})
     FROM own WHERE turns.key = own.key AND own.state = 'queued'
 )
