@@ -4,6 +4,7 @@ Here run those tests of the contract whose subject are cancelled calls, owners a
 ``--postgres-pooler`` all tests of the store run in this way.
 """
 
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -110,6 +111,16 @@ async def test_transactions_of_a_connection_get_several_connections_of_the_serve
 
     def server_process(db: Db) -> object:
         return db.execute("SELECT pg_backend_pid()").fetchone()
+
+    both_begun = threading.Barrier(2)
+
+    def with_another(db: Db) -> None:
+        server_process(db)
+        both_begun.wait(WAIT_S)
+
+    async with trio.open_nursery() as nursery:  # so the pool has two connections to choose from
+        nursery.start_soon(store._write, with_another)
+        nursery.start_soon(store._read, with_another)
 
     assert len({await store._write(server_process) for _ in range(30)}) > 1
 
