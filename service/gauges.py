@@ -62,7 +62,10 @@ class Gauges:
             await self.measure()
 
     async def measure(self) -> None:
-        """Measure now. Takes about a tenth of a millisecond, and the same for each 500 open turns, in steps."""
+        """Measure now. Takes about a tenth of a millisecond, and the same for each 500 open turns, in steps.
+
+        And the same for each thousand of pieces of replies that have come since the last time, in one step.
+        """
         self._note(await in_steps(self._sessions.measure_turns(), step_s=STEP_S))
 
     def _note(self, turns: TurnsMeasured) -> None:

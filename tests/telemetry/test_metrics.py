@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.steps import at_once
 from service.telemetry.metrics import families, memory
 from service.telemetry.metrics.exposition import exposed
-from service.telemetry.metrics.families import FAMILIES, Family
+from service.telemetry.metrics.families import FAMILIES, TOKEN_GAP, Family
 from service.telemetry.metrics.memory import Memory
 from service.telemetry.metrics.metrics import Metrics
 from tests.telemetry.scrape import samples_of
@@ -206,15 +208,34 @@ def test_what_must_stay_zero_is_told_from_the_start_and_gaps_are_added_in_one_go
     told = samples_of(at_once(exposed(metrics.memory)).decode())
     assert all(told[family.name, ""] == 0 for family in families.ZERO)
     gaps = metrics.gaps_of("up")
-    gaps.counts[0] += 3
-    gaps.counts[-1] += 1
-    gaps.total += 50
+    gaps.together += 3
+    gaps.times.append(50)
     metrics.add_gaps()
     metrics.add_gaps()
-    assert value(metrics, families.TOKEN_GAP, "up") == [3, *[0] * 11, 1, 50]
-    gaps.counts[0] += 2
+    assert value(metrics, TOKEN_GAP, "up") == [3, *[0] * 11, 1, 50]
+    gaps.together += 2
     metrics.add_gaps()
-    assert value(metrics, families.TOKEN_GAP, "up") == [5, *[0] * 11, 1, 50]
+    assert value(metrics, TOKEN_GAP, "up") == [5, *[0] * 11, 1, 50]
+
+
+@given(st.lists(st.sampled_from([0.0, *TOKEN_GAP.bounds, 31.0]) | st.floats(0, 40), max_size=8), st.integers(1, 100))
+def test_times_that_are_added_in_one_go_are_in_the_buckets_of_those_that_are_added_one_by_one(
+    times: list[float], repeats: int
+) -> None:
+    """More than are sorted together, too."""
+    metrics = Metrics()
+    for time in times:
+        for _ in range(repeats):
+            metrics.observe(TOKEN_GAP, "one", value=time)
+    metrics.gaps_of("many").times.extend(times * repeats)
+    metrics.add_gaps()
+    *counts, total = value(metrics, TOKEN_GAP, "many")
+    if times:
+        *expected, sum_of_all = value(metrics, TOKEN_GAP, "one")
+        assert counts == expected
+        assert total == pytest.approx(sum_of_all)
+    assert sum(counts) == len(times) * repeats
+    assert not metrics.gaps_of("many").times
 
 
 def test_a_model_that_only_a_caller_knows_is_no_label() -> None:

@@ -193,7 +193,7 @@ class EventStream(ResponseBody):
     def _has_rest(self) -> bool:
         return self._writer is not None and self._writer.has_rest
 
-    def take_appended(self) -> bool:
+    def take_appended(self, now: float) -> bool:
         """Write the new events in the task that appended them. See :class:`~event_log.InlineReader`."""
         writer, log = self._writer, self._log
         if writer is None or not self._slot.may_write() or (self._watch and self._watch.steps_took_s > _BUSY_S):
@@ -204,7 +204,7 @@ class EventStream(ResponseBody):
         if seq != log.last_seq or len(piece) > _INLINE_BYTES_MAX or not writer.write_now(piece):
             return False
         self._seq = seq
-        self._slot.silent_since = trio.current_time()
+        self._slot.silent_since = now
         return not writer.has_rest
 
     async def _load(self) -> bool:

@@ -32,6 +32,7 @@ from service.api.http.request_record import RequestRecord, record_of
 from service.errors import ShuttingDownError
 from service.freezes import extended_when_late
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
+from service.hosting.hypercorn.chunked_response import ChunkedResponse
 from service.hosting.hypercorn.http1_exchange import Http1Exchange
 from service.hosting.hypercorn.unread_answers import Answer, unread_answers_of
 from service.steps import Steps
@@ -101,7 +102,10 @@ class AsgiRequest(TrioASGIHTTPConnection):
                     nursery.start_soon(self.handle_messages, nursery, request, partial(self._receive, receive))
                     await self.handle_request(nursery, request, partial(self._send_shielding_the_last, send))
         finally:
-            cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)  # a circle: the exchange holds the scope
+            # The scope must not keep it, because the exchange holds the scope: a circle.
+            written: ChunkedResponse | None = cast("dict[str, Any]", self.scope).pop(PIECE_WRITER, None)
+            if written is not None and self._record is not None:
+                self._record.bytes += written.written_now
             if requests is not None:
                 requests.pop(request, None)
             if self._answer is not None and (answers := unread_answers_of(self.app)) is not None:

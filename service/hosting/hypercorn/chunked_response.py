@@ -5,8 +5,6 @@ Proven by ``tests/hosting/hypercorn/test_http1_exchange.py`` and ``test_inline_w
 
 from typing import Protocol
 
-from service.api.http.request_record import RequestRecord
-
 _END = b"0\r\n\r\n"
 
 
@@ -22,9 +20,14 @@ class ChunkConnection(Protocol):
 
 
 class ChunkedResponse:
-    """A response whose head has been sent. Meets :class:`~service.api.http.event_stream.PieceWriter`."""
+    """A response whose head has been sent. Meets :class:`~service.api.http.event_stream.PieceWriter`.
+
+    Attributes:
+        written_now: The bytes of all pieces of :meth:`write_now` so far, without what the encoding adds.
+    """
 
     def __init__(self, connection: ChunkConnection) -> None:
+        self.written_now = 0
         self._rest = b""
         self._has_ended = False
         self._connection = connection
@@ -41,12 +44,16 @@ class ChunkedResponse:
 
     def write_now(self, data: bytes) -> bool:
         """Send a piece as far as the kernel takes it now. Returns False if nothing of it was sent, nor is to be."""
-        if self._rest or self._has_ended:
+        size = len(data)
+        if self._rest or self._has_ended or not size:
             return False
-        chunk = _chunk(data)
+        chunk = b"%x\r\n%b\r\n" % (size, data)  # as in `_chunk`, without the call: this is on the way of each token
         sent = self._connection.write_now(chunk)
-        self._rest = chunk[sent:] if sent else b""
-        return sent > 0
+        if not sent:
+            return False
+        self._rest = chunk[sent:]
+        self.written_now += size
+        return True
 
     async def write(self, data: bytes) -> None:
         """Send a piece. Returns once the kernel has taken the piece, or the client has left."""
@@ -61,28 +68,6 @@ class ChunkedResponse:
     def _after_rest(self, data: bytes) -> bytes:
         rest, self._rest = self._rest, b""
         return rest + data
-
-
-class CountedChunks(ChunkedResponse):
-    """A response whose pieces that are written at once count in its request's record.
-
-    It repeats its base's few lines, because a call more for each token would cost more than the count.
-    """
-
-    def __init__(self, connection: ChunkConnection, record: RequestRecord) -> None:
-        super().__init__(connection)
-        self._record = record
-
-    def write_now(self, data: bytes) -> bool:
-        if self._rest or self._has_ended:
-            return False
-        chunk = _chunk(data)
-        sent = self._connection.write_now(chunk)
-        if not sent:
-            return False
-        self._rest = chunk[sent:]
-        self._record.bytes += len(data)
-        return True
 
 
 def _chunk(data: bytes) -> bytes:

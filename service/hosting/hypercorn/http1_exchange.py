@@ -17,9 +17,8 @@ from hypercorn.typing import AppWrapper, ASGIReceiveEvent, ConnectionState, Scop
 from hypercorn.utils import UnexpectedMessageError
 
 from service.api.http.end_of_input import LEAVES_AT_END
-from service.api.http.request_record import record_of
 from service.hosting.hypercorn.asgi_receive import ReceiveQueue
-from service.hosting.hypercorn.chunked_response import ChunkConnection, ChunkedResponse, CountedChunks
+from service.hosting.hypercorn.chunked_response import ChunkConnection, ChunkedResponse
 from service.hosting.hypercorn.response_head import Fields, Framing, ResponseHead, encode_head
 
 Address = tuple[str, int] | None
@@ -192,8 +191,7 @@ class Http1Exchange:
             self._unsent_head = head.encoded  # the body follows: both are one write
             return
         if head.framing is Framing.CHUNKED:
-            record = record_of(self.scope)
-            self.chunks = ChunkedResponse(self.connection) if record is None else CountedChunks(self.connection, record)
+            self.chunks = ChunkedResponse(self.connection)
         await self.connection.write(head.encoded)
 
     async def _send_body(self, given: bytes, *, more: bool) -> None:

@@ -68,9 +68,10 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
 class InlineReader(Protocol):
     """A reader that may take events in the step of the task that appends them, while the reader's own task waits."""
 
-    def take_appended(self) -> bool:
+    def take_appended(self, now: float) -> bool:
         """Take the new events, without a wait. Returns whether the reader has them all and still waits.
 
+        ``now`` is the time on Trio's clock: one look at it serves for all that is done with a token.
         Otherwise its task is woken: it takes what is left. The same after an error, which the task then meets itself.
         """
         ...
@@ -297,31 +298,38 @@ class EventLog:
         self._newest.append(event)
         self.last_seq += 1
 
-    def tell_readers(self) -> None:
-        """Tell the waiting readers of the events that were appended since the last time.
+    def tell_readers(self, now: float | None = None) -> int:
+        """Tell the waiting readers of the events that were appended since the last time. Returns how many these are.
 
         The readers that began to wait last may take the events inline. The tasks of the others are woken; these readers
         will then be the last ones that began to wait, so each has its turn.
+
+        Args:
+            now: The time, if the caller has just read it.
         """
-        if self._told_seq == self.last_seq:
-            return
+        new = self.last_seq - self._told_seq
+        if not new:
+            return 0
         self._told_seq = self.last_seq
         if not self._waiting:
-            return
+            return new
+        if now is None:
+            now = trio.current_time()
         if len(self._waiting) == 1 and not self._to_wake:
             for task, reader in self._waiting.items():
-                if reader is None or not _takes_appended(reader):
+                if reader is None or not _takes_appended(reader, now):
                     self._wake([task])
-                return
+                return new
         tasks = list(self._waiting)
         woken = tasks[:-INLINE_READERS_MAX]
         for task in tasks[-INLINE_READERS_MAX:]:
             reader = self._waiting[task]
-            if reader is None or not _takes_appended(reader):
+            if reader is None or not _takes_appended(reader, now):
                 woken.append(task)
             else:
                 self._to_wake.pop(task, None)
         self._wake(woken)
+        return new
 
     def _wake(self, tasks: Iterable[trio.lowlevel.Task]) -> None:
         self._to_wake.update(dict.fromkeys(tasks))
@@ -514,9 +522,9 @@ def _parts(run: Run) -> Iterator[Run]:
         start = end
 
 
-def _takes_appended(reader: InlineReader) -> bool:
+def _takes_appended(reader: InlineReader, now: float) -> bool:
     try:
-        return reader.take_appended()
+        return reader.take_appended(now)
     except Exception:  # noqa: BLE001  it is the reader's own: the task of the reader meets it again, and ends that reader alone
         return False
 

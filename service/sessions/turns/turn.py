@@ -397,41 +397,37 @@ class Turn:
         Raises:
             ModelError: A bound is reached (``reply_too_large``, ``log_too_large``).
         """
-        before = self.log.last_seq
+        if now is None:
+            now = trio.current_time()
+        log, reply, bytes_max = self.log, self._reply, self._settings.reply_bytes_max
         try:
             for event in events:
                 if isinstance(event, TextDelta):  # nearly all of them
                     text = event.text
                     size = len(text) if text.isascii() else len(text.encode())
-                    self._check_size(size)
-                    item = self._reply.index_of("message")
-                    self.append(TurnDelta(seq=self.log.last_seq + 1, item=item, text=text), tells=False)
-                    self._reply.note_text(text, size)
+                    if reply.bytes + size > bytes_max:
+                        raise self._reply_too_large()
+                    item = reply.index_of("message")
+                    if not log.append(TurnDelta(seq=log.last_seq + 1, item=item, text=text), tells=False):
+                        raise self._log_too_large()
+                    reply.note_text(text, size)
                 elif isinstance(event, Finished):
                     return event
                 elif not isinstance(event, Progress):
                     self._take(event)
         finally:
-            self.log.tell_readers()  # once for all of these events
-            if pieces := self.log.last_seq - before:
-                self._meter.count_pieces(pieces, trio.current_time() if now is None else now)
+            if pieces := log.tell_readers(now):  # once for all of these events
+                self._meter.count_pieces(pieces, now)
         return None
 
     def _take(self, told: Output) -> None:
         size = size_of(told)
-        self._check_size(size)
+        if self._reply.bytes + size > self._settings.reply_bytes_max:
+            raise self._reply_too_large()
         event = self._reply.event_of(told)
         if event is not None:
             self.append(event, tells=False)
         self._reply.note(told, event, size)
-
-    def _check_size(self, size: int) -> None:
-        if self._reply.bytes + size > self._settings.reply_bytes_max:
-            raise ModelError(
-                "reply_too_large",
-                f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
-                "the part before that is kept.",
-            )
 
     def append(self, event: Event, *, tells: bool = True) -> None:
         """Append an event that is not the terminal event. Raises: ModelError (``log_too_large``).
@@ -440,11 +436,21 @@ class Turn:
             tells: See :meth:`EventLog.append`.
         """
         if not self.log.append(event, tells=tells):
-            raise ModelError(
-                "log_too_large",
-                f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "
-                "the text before that is kept.",
-            )
+            raise self._log_too_large()
+
+    def _reply_too_large(self) -> ModelError:
+        return ModelError(
+            "reply_too_large",
+            f"The reply is larger than {self._settings.reply_bytes_max} bytes (reply_bytes_max); "
+            "the part before that is kept.",
+        )
+
+    def _log_too_large(self) -> ModelError:
+        return ModelError(
+            "log_too_large",
+            f"The events of this turn are larger than {self._settings.log_bytes_max} bytes (log_bytes_max); "
+            "the text before that is kept.",
+        )
 
     def checkpoint(self) -> Checkpoint | None:
         """The growth since the last stored checkpoint; None if there is none, or if the end is decided.

@@ -1,7 +1,5 @@
 """What the metrics count of a turn, when it ends or leaves its process. What the log says of it: :mod:`.turn_log`."""
 
-from bisect import bisect_left
-
 import trio
 
 from service.models.client import Usage
@@ -18,7 +16,16 @@ class TurnMeter:
         first_token_at: When the first pieces of the model came, on Trio's clock.
     """
 
-    __slots__ = ("_accepted_at", "_gaps", "_metrics", "_token_at", "_upstream", "first_token_at", "is_accepted")
+    __slots__ = (
+        "_accepted_at",
+        "_gaps",
+        "_metrics",
+        "_note_gap",
+        "_token_at",
+        "_upstream",
+        "first_token_at",
+        "is_accepted",
+    )
 
     def __init__(self, metrics: Metrics, upstream: str) -> None:
         self.first_token_at: float | None = None
@@ -26,6 +33,7 @@ class TurnMeter:
         self._metrics = metrics
         self._upstream = upstream
         self._gaps = metrics.gaps_of(upstream)
+        self._note_gap = self._gaps.times.append
         self._accepted_at = trio.current_time()
         self._token_at = 0.0
 
@@ -35,17 +43,14 @@ class TurnMeter:
 
     def count_pieces(self, pieces: int, now: float) -> None:
         """Count pieces of the reply that have come together. This is on the way of each token."""
-        gaps = self._gaps
         if self.first_token_at is None:
             self.first_token_at = now
             self._metrics.observe(families.FIRST_TOKEN, self._upstream, value=now - self._accepted_at)
         else:
-            gap = now - self._token_at
-            gaps.counts[bisect_left(gaps.bounds, gap)] += 1
-            gaps.total += gap
+            self._note_gap(now - self._token_at)
         self._token_at = now
         if pieces > 1:
-            gaps.counts[0] += pieces - 1  # no time was between them
+            self._gaps.together += pieces - 1
 
     def count_end(self, end: outcome.Outcome, *, model: str, usage: Usage | None, crashed: bool, is_kept: bool) -> None:
         """Count an end that is told now, or that clients find in the store from now on.

@@ -180,9 +180,9 @@ async def test_a_stream_that_waits_is_woken_for_long_frames_by_the_task_that_app
     turn.take([ReasoningDelta("x" * 40_000)])
     told = await stream.__anext__()
     turn.take([TextDelta("a")])
-    assert stream.take_appended(), "a short frame is written at once"
+    assert stream.take_appended(trio.current_time()), "a short frame is written at once"
     turn.take([CallOpened(0, "call_a", "f")])
-    assert not stream.take_appended(), "the stream's own task reads long frames"
+    assert not stream.take_appended(trio.current_time()), "the stream's own task reads long frames"
     while b"response.function_call" not in told and b'"type":"function_call"' not in told:
         told = (await stream.__anext__())[-2000:]
     slot.close()

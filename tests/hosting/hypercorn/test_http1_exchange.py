@@ -216,6 +216,7 @@ async def streaming(scope: dict[str, Any], send: Any, sent: list[bytes], *, ende
     chunks = exchange.chunks
     assert chunks is not None
     assert chunks.writes_now
+    assert not chunks.write_now(b""), "an empty chunk would end the body"
     for number in range(1000):
         piece = b"%06d" % number * 1000
         if not chunks.write_now(piece):
@@ -224,6 +225,7 @@ async def streaming(scope: dict[str, Any], send: Any, sent: list[bytes], *, ende
         if chunks.has_rest:
             assert not chunks.write_now(b"not before the rest")
             break
+    assert chunks.written_now == sum(map(len, sent)) > 0
     for piece in (b"then", b"and then"):
         await send({"type": "http.response.body", "body": piece, "more_body": True})
         sent.append(piece)

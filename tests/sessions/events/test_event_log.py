@@ -397,7 +397,7 @@ async def test_a_task_that_is_woken_for_its_heartbeat_wakes_also_if_its_reader_t
     monkeypatch.setattr("service.sessions.events.event_log.WOKEN_MAX", 0)  # as if others had used it up
 
     class Taking:
-        def take_appended(self) -> bool:
+        def take_appended(self, now: float) -> bool:
             return True
 
     log = EventLog(bytes_max=MIB)

@@ -504,7 +504,7 @@ async def test_readers_are_told_once_of_what_came_together_and_also_if_its_end_f
         await wait_all_tasks_blocked()
 
         class Reader:
-            def take_appended(self) -> bool:
+            def take_appended(self, now: float) -> bool:
                 told.append(turn.log.last_seq)
                 return True
 
