@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from string import Template
 
@@ -481,12 +481,14 @@ async def run_command() -> None:
     buffer = b""
     while b"\n" not in buffer:
         buffer += await anext(lines)
-    load = Load(msgspec.json.decode(buffer, type=Plan))
+    plan, _, stop_line = buffer.partition(b"\n")  # a process that starts late finds both
+    load = Load(msgspec.json.decode(plan, type=Plan))
     stop = trio.Event()
 
     async def wait_for_stop() -> None:
-        async for _ in lines:
-            break
+        if not stop_line:
+            with suppress(StopAsyncIteration):
+                await anext(lines)
         stop.set()
 
     async with trio.open_nursery() as nursery:
