@@ -324,6 +324,48 @@ async def test_a_reply_that_the_model_server_refuses_to_go_on_with_begins_anew(
     assert kinds(again) == ["turn.resumed", "turn.delta", "turn.completed"]
 
 
+class RefusingStore(MemoryStore):
+    """Refuses suspensions while it is told to."""
+
+    refuses = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused, self.taken = trio.Event(), trio.Event()
+
+    async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        if self.refuses:
+            self.refused.set()
+            raise StoreError("The store failed: the disk is full.")
+        lost = await super().suspend_turns(suspended, now=now)
+        self.taken.set()
+        return lost
+
+
+async def test_a_reply_that_is_to_begin_anew_does_so_once_the_store_takes_its_suspension(
+    autojump_clock: MockClock,
+) -> None:
+    store = RefusingStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_recovery, other.sessions, shared=True))
+        other.puppet.refuse = REFUSALS[0]
+        store.refuses = True
+        with trio.fail_after(100):
+            await store.refused.wait()
+            store.refuses, store.taken = False, trio.Event()
+            await store.taken.wait()
+        other.puppet.refuse = None  # the next attempt waits for a look of the recovery
+        reply = await other.puppet.next_reply()
+        reply.say("Bye")
+        reply.finish()
+        with trio.fail_after(10):
+            record = await other.sessions.wait_turn("s", turn_id)
+        nursery.cancel_scope.cancel()
+        assert other.sessions.suspensions.not_kept == 0
+    assert (record.state, record.text, record.attempt) == ("completed", "Bye", 3)
+
+
 async def test_a_scripted_model_that_would_have_begun_otherwise_begins_anew_and_the_turn_ends_once(
     autojump_clock: MockClock,
 ) -> None:

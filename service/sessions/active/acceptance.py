@@ -40,7 +40,7 @@ from service.sessions.turns.turn_log import turn_log_context
 from service.sessions.turns.turn_task import end_turn, run_turn
 from service.sessions.turns.turn_trace import TurnTrace
 from service.settings import Settings
-from service.stop_state import StopState
+from service.stop_state import Phase, StopState
 from service.storage.records import IdempotencyKey, SessionRecord, TurnRecord
 from service.storage.store import Store
 from service.storage.store_deadline import answered_in_turn, answered_within
@@ -455,6 +455,9 @@ class Acceptance:
     def _note_ended(self, turn: Turn) -> None:
         if isinstance(turn.end, outcome.Suspended):
             self._suspensions.leave_unkept(turn)  # has an effect only if the turn's task has not come so far
+            if turn.is_unreleased and self._stop.phase < Phase.INTERRUPTING:
+                self._suspensions.not_kept -= 1
+                self.adoptions.note_unresolved(turn.session_id)  # no process but this one may go on with it
         elif not (turn.stored or turn.is_lost):
             self._pending_writes.add_end(turn)
         self._active.note_ended(turn)

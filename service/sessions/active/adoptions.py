@@ -53,7 +53,8 @@ class Adoptions:
 
     Attributes:
         unresolved: The sessions whose turns the store may have given to this process in a call that it has not
-            answered, or that failed, in this order. The next adoption of such a session has these turns.
+            answered, or that failed, in this order; or has of this process, because it did not take their
+            suspension. The next adoption of such a session has these turns.
     """
 
     def __init__(
@@ -97,6 +98,10 @@ class Adoptions:
         process. Not those with a caller that waits: this caller counts as a turn that arrives."""
         waiting = (self._asked_now, self._together.waiting, self._alone.waiting)
         return sum(not any(it in some for some in waiting) for it in self.unresolved)
+
+    def note_unresolved(self, session_id: str) -> None:
+        """Note that the store has a turn of this process that no task runs: the next look of the recovery adopts it."""
+        self.unresolved[session_id] = None
 
     async def adopt(self, session: ActiveSession, *, within_s: float, has_no_client: bool = False) -> None:
         """Adopt the turns of a session whose acceptance the caller holds, and run them.

@@ -95,13 +95,14 @@ class Suspensions:
 
     def _note_failed(self, turns: Sequence[Turn], **why: object) -> None:
         self._leave(turns, are_kept=False)
-        logger.warning("the store did not take suspended turns: they go on once this process is gone", **why)
+        logger.warning("the store did not take suspended turns: they go on later, or once this process is gone", **why)
 
     def _leave(self, turns: Sequence[Turn], *, are_kept: bool) -> None:
         for turn in turns:
             self._waiting.pop(turn.id, None)
             if not turn.is_suspended:
-                self.not_kept += not (are_kept or turn.is_lost)
+                turn.is_unreleased = not (are_kept or turn.is_lost)
+                self.not_kept += turn.is_unreleased
                 turn.leave()
 
 

@@ -76,6 +76,8 @@ class Turn:
     error_for_log: str | None = None
     """Why the turn failed, without words of the model's server; None if it has not, or in the words of its end."""
 
+    is_unreleased = False
+    """Whether it was suspended, and the store has not taken that: it is still this process's there."""
     _drops_reply = False
     """Whether it is suspended without its reply."""
 
