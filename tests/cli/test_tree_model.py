@@ -11,6 +11,7 @@ from service.cli.tree_model import TreeModel
 from service.steps import at_once
 from service.telemetry.tree_nodes import Node
 from service.telemetry.tree_views import View
+from tests.telemetry.test_live_tree import depths_of
 
 SERVING = {"phase": "serving", "reason": "", "entered": {}, "bounds_s": {"total": 5.0}}
 HEAD: dict[str, Any] = {
@@ -40,7 +41,7 @@ def test_a_tree_after_changes_is_the_one_of_a_new_snapshot() -> None:
     dice = random.Random(4711)
     nodes = [Node(id="0", parent=None, kind="process", name="process 7")]
     view = View(under=None, nodes_max=20_000)
-    at_once(view.look(nodes))
+    at_once(view.look(nodes, depths_of(nodes)))
     model = TreeModel()
     model.take("snapshot", HEAD | {"nodes": [told(it) for it in nodes]})
     most = 0
@@ -59,7 +60,7 @@ def test_a_tree_after_changes_is_the_one_of_a_new_snapshot() -> None:
                 nodes = nodes.copy()
                 nodes[at] = msgspec.structs.replace(nodes[at])
                 nodes[at].deadline, nodes[at].cancelled = dice.choice((None, 30.0)), dice.choice((True, False))
-        seen = at_once(view.look(nodes))
+        seen = at_once(view.look(nodes, depths_of(nodes)))
         assert seen is not None
         _, difference = seen
         change = {"removed": difference.removed, "added": [told(it) for it in difference.added]}
