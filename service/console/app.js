@@ -43,12 +43,13 @@ async function route() {
     return;
   }
   if (shown?.id === view.id) {
-    shown.routes.forEach((it) => it(parts.slice(1)));
+    shown.parts = parts.slice(1); // of a view that is still being loaded: it begins with them
+    shown.routes.forEach((it) => it(shown.parts));
     return;
   }
   shown?.end.abort();
   const end = new AbortController();
-  const mine = (shown = { id: view.id, end, routes: new Set() });
+  const mine = (shown = { id: view.id, end, routes: new Set(), parts: parts.slice(1) });
   for (const link of document.querySelectorAll("#views a")) {
     if (link.dataset.view === view.id) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -58,7 +59,7 @@ async function route() {
   main.replaceChildren(root);
   try {
     const { mount } = await view.load();
-    if (shown === mine) await mount(root, contextOf(view, mine, parts.slice(1)));
+    if (shown === mine) await mount(root, contextOf(view, mine));
   } catch (error) {
     if (end.signal.aborted) return;
     console.error(error);
@@ -68,7 +69,7 @@ async function route() {
   }
 }
 
-function contextOf(view, mine, parts) {
+function contextOf(view, mine) {
   const { signal } = mine.end;
   return {
     service,
@@ -77,7 +78,9 @@ function contextOf(view, mine, parts) {
     toast,
     say,
     ask,
-    parts,
+    get parts() {
+      return mine.parts;
+    },
     /** Changes the address: `go("sess_1")` in the view `chat` leads to `#/chat/sess_1`. */
     go(...rest) {
       location.hash = addressOf([view.id, ...rest]);

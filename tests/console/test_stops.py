@@ -65,7 +65,7 @@ async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
         turn = (await server.call("POST", f"/sessions/{resumed}/turns", body))["id"]
         await other.page.type_in("dialog input", KEY)
         await other.page.press("Enter")
-        await other.page.get(f"location.hash = '#/chat/{resumed}'")
+        await other.page.get(f"location.hash = '#/chat/{resumed}'")  # also while the view is still being loaded
         await other.replies("0 1 2 3")
         third = ChatPage(await tabs.open("#/chat", url=url))
         await third.page.type_in("dialog input", KEY)
