@@ -29,6 +29,7 @@ from service.errors import (
 from service.models.client import ModelClient, Usage
 from service.models.scripted import open_scripted
 from service.sessions.commands import NewSession, NewTurn, OnConflict
+from service.sessions.events import outcome
 from service.sessions.events.events import (
     Event,
     TurnCancelled,
@@ -40,7 +41,7 @@ from service.sessions.events.events import (
     TurnResumed,
 )
 from service.sessions.sessions import ADOPTION_PAUSE_S, open_sessions
-from service.sessions.turns.turn import CLIENT_RETURNS_S, RETURN_S, Turn
+from service.sessions.turns.turn import CLIENT_RETURNS_S, RETURN_S, Turn, Watch
 from service.sessions.turns.turn_task import UNTOLD_MAX_S
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
@@ -61,6 +62,7 @@ from tests.storage.test_store_owners import take_for_dead
 T = TypeVar("T")
 
 CONTINUES = NewTurn(text="Hi", on_interrupt="continue", on_disconnect="continue")
+QUEUED = NewTurn(text="And?", on_conflict="queue", on_disconnect="continue")
 RETRIES = NewTurn(text="Hi", on_interrupt="retry", on_disconnect="continue")
 
 
@@ -331,9 +333,12 @@ class RefusingStore(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.refused, self.taken = trio.Event(), trio.Event()
+        self.asked, self.answers, self.refused, self.taken = (trio.Event() for _ in range(4))
+        self.answers.set()
 
     async def suspend_turns(self, suspended: Sequence[SuspendedTurn], *, now: datetime) -> Collection[str]:
+        self.asked.set()
+        await self.answers.wait()
         if self.refuses:
             self.refused.set()
             raise StoreError("The store failed: the disk is full.")
@@ -364,6 +369,61 @@ async def test_a_reply_that_is_to_begin_anew_does_so_once_the_store_takes_its_su
         nursery.cancel_scope.cancel()
         assert other.sessions.suspensions.not_kept == 0
     assert (record.state, record.text, record.attempt) == ("completed", "Bye", 3)
+
+
+async def test_a_reply_for_which_another_turn_waits_does_not_begin_anew(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        await sweep(other)
+        reply = await other.puppet.next_reply()
+        later, watch = await other.sessions.start_turn("s", QUEUED)
+        reply.fail(REFUSALS[0])
+        reply = await other.puppet.next_reply()
+        error = (await store.get_turn("s", turn_id, now=TestClock()())).error
+        assert error is not None
+        assert error.code == "upstream_rejected"
+        reply.finish()
+        with trio.fail_after(10), watch:
+            await later.wait_ended()
+    assert isinstance(later.end, outcome.Completed)
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["the store takes it", "the store refuses it"])
+async def test_a_turn_that_comes_while_a_reply_is_to_begin_anew_waits_for_its_end(
+    autojump_clock: MockClock, refuses: bool
+) -> None:
+    store = RefusingStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other, trio.open_nursery() as nursery:
+        await sweep(other)
+        reply = await other.puppet.next_reply()
+        store.refuses, store.answers, store.asked = refuses, trio.Event(), trio.Event()
+        reply.fail(REFUSALS[0])
+        await store.asked.wait()
+        started: list[tuple[Turn, Watch]] = []
+
+        async def start() -> None:
+            started.append(await other.sessions.start_turn("s", QUEUED))
+
+        nursery.start_soon(start)
+        await wait_all_tasks_blocked()
+        assert not started
+        store.answers.set()
+        reply = await other.puppet.next_reply()
+        store.refuses = False
+        assert [item.text for item in reply.request.prompt] == ["Hi"]
+        if refuses:  # it has the text so far, and is refused once more: nothing was lost, and the new turn waits for it
+            assert reply.request.prefix == "Hello"
+        reply.say("Bye")
+        reply.finish()
+        following = await other.puppet.next_reply()
+        assert (await store.get_turn("s", turn_id, now=TestClock()())).state == "completed"
+        following.finish()
+        [(later, watch)] = started
+        with trio.fail_after(10), watch:
+            await later.wait_ended()
+    assert later.record().parent == turn_id
 
 
 async def test_a_scripted_model_that_would_have_begun_otherwise_begins_anew_and_the_turn_ends_once(

@@ -133,6 +133,10 @@ class Acceptance:
 
         async with self._deciding(session_id, check, within_s, adds_open_turn=True) as (session, found, deadline):
             branches = found
+            await session.wait_left()
+            if session_id in self.adoptions.unresolved:  # the new turn comes after those that no task runs
+                await self._adopt(session, deadline)
+                branches = self._check_place(session, new)
             while True:
                 try:
                     return await self._accept(session, new, deadline, branches=branches)
@@ -416,6 +420,7 @@ class Acceptance:
                 await run_turn(
                     turn,
                     wait_to_start=lambda: session.wait_to_start(turn),
+                    may_leave=lambda: session.may_leave(turn),
                     default_end=session.default_end,
                     suspend=self._suspensions.suspend,
                     store=self._store,

@@ -83,6 +83,15 @@ class ActiveSession:
         while not turn.running and self.turns[0] is not turn:
             await self._changes.park()
 
+    def may_leave(self, turn: Turn) -> bool:
+        """Whether a turn may leave the session for a while without its end: none waits for it, or is about to."""
+        return self.turns == [turn] and not self.holders
+
+    async def wait_left(self) -> None:
+        """Return when no turn is about to leave the session without its end. No later turn may be accepted before."""
+        while any(isinstance(turn.end, outcome.Suspended) for turn in self.turns):
+            await self._changes.park()
+
     async def wait_without_turns(self) -> None:
         while self.turns:
             await self._changes.park()

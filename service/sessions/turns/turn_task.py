@@ -51,6 +51,7 @@ async def run_turn(
     turn: Turn,
     *,
     wait_to_start: Callable[[], Awaitable[None]],
+    may_leave: Callable[[], bool],
     default_end: Callable[[Turn], outcome.Outcome | outcome.Suspended],
     suspend: Suspend,
     store: Store,
@@ -65,12 +66,13 @@ async def run_turn(
 
     Args:
         wait_to_start: Returns when the turn may start. Branches start at once, others after all earlier turns.
+        may_leave: Whether the turn may leave its session for a while without its end.
         suspend: Gives a turn to the store that goes on elsewhere, and closes its log, within so many seconds.
     """
     try:
         with turn.deadlines.at_work() as scope:
             await wait_to_start()
-            await _reply(turn, store=store, clock=clock, settings=settings)
+            await _reply(turn, may_leave=may_leave, store=store, clock=clock, settings=settings)
         if scope.cancelled_caught:
             turn.decide(turn.deadlines.end())
     except Exception as error:  # noqa: BLE001  the edge of a turn
@@ -181,12 +183,12 @@ def lose(turn: Turn) -> None:
         )
 
 
-async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) -> None:
+async def _reply(turn: Turn, *, may_leave: Callable[[], bool], store: Store, clock: Clock, settings: Settings) -> None:
     """Take the model's whole reply, and decide the end.
 
     A prompt that is too long for the model is tried once more without the oldest turns, within the same deadlines,
     unless the turn is to have the whole conversation. If the model's server refuses to go on with a reply, the turn is
-    suspended without the reply: its next attempt begins anew.
+    suspended without the reply: its next attempt begins anew. Where other turns wait for its end it fails instead.
     """
     was_queued = not turn.running
     turn.start(clock())
@@ -216,7 +218,7 @@ async def _reply(turn: Turn, *, store: Store, clock: Clock, settings: Settings) 
     if refusal is None:
         return
     if refusal.code in _NO_CONTINUATION:
-        if not turn.begin_anew():
+        if not (may_leave() and turn.begin_anew()):
             raise refusal
         logger.warning(
             "the model server refuses to go on with a reply (continuation): the reply begins anew",
