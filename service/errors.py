@@ -459,6 +459,7 @@ class ModelError(LastcallError):
         tokens: With ``context_too_long``, the tokens that the upstream counted; None if it does not say.
         tokens_max: The tokens that the upstream takes; None if it does not say.
         parameter: With ``parameter_refused``, the parameter of the request that the upstream does not take.
+        may_be_continuation: Whether what the upstream refuses may be to go on with a reply, where it was asked to.
 
     Attributes:
         usage: What the upstream has counted for replies that failed before their first token
@@ -476,6 +477,7 @@ class ModelError(LastcallError):
         tokens: int | None = None,
         tokens_max: int | None = None,
         parameter: str | None = None,
+        may_be_continuation: bool = False,
     ) -> None:
         super().__init__(f"{message} {upstream_words}".rstrip())
         self.code: FailureCode = code
@@ -486,4 +488,5 @@ class ModelError(LastcallError):
         self.tokens = tokens
         self.tokens_max = tokens_max
         self.parameter = parameter
+        self.may_be_continuation = may_be_continuation
         self.usage: Any = None

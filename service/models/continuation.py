@@ -36,6 +36,8 @@ ECHO_LENGTH_MIN = 16
 """The fewest code points of a text so far that is told from a repetition by chance: some four words."""
 
 Form = Literal["none", "trailing", "prefix", "final_message"]
+CONTINUATION_PARAMETERS = frozenset({"continue_final_message", "add_generation_prompt", "prefix"})
+"""What a request has only because it asks to go on with a reply."""
 """How a server is told to go on with its last message, which is the text so far: by its place at the end alone
 (``trailing``), by a field of the message (``prefix``) or by fields of the request (``final_message``); ``none`` if the
 server cannot."""

@@ -263,7 +263,11 @@ class ScriptedStream:
             length += len(word)
             index += 1
         if length < len(text):
-            raise ModelError("upstream_rejected", "The scripted model would not have begun its reply with this text.")
+            raise ModelError(
+                "upstream_rejected",
+                "The scripted model would not have begun its reply with this text.",
+                may_be_continuation=True,
+            )
         self._first = self._next = self._reasoning + index
         if length > len(text):  # the text so far ends in a token
             self._first = self._next = self._next - 1

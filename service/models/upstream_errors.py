@@ -14,6 +14,7 @@ import msgspec
 
 from service.errors import ModelError
 from service.failure_codes import FailureCode
+from service.models.continuation import CONTINUATION_PARAMETERS
 from service.models.parameters import refused_parameter
 from service.models.sse_decoder import SseDecoder
 
@@ -307,8 +308,19 @@ def _error_from_status(
     code, what = _refusal(reply)
     if code == "upstream_rejected" and refused is not None:
         message = f"The model server does not take {refused}, or not this value of it (HTTP {status})."
-        return ModelError("parameter_refused", message, upstream_words=words, parameter=refused)
-    return ModelError(code, f"The model server {what} (HTTP {status}).", upstream_words=words)
+        return ModelError(
+            "parameter_refused",
+            message,
+            upstream_words=words,
+            parameter=refused,
+            may_be_continuation=refused in CONTINUATION_PARAMETERS,
+        )
+    return ModelError(
+        code,
+        f"The model server {what} (HTTP {status}).",
+        upstream_words=words,
+        may_be_continuation=code == "upstream_rejected" and status in (400, 422),
+    )
 
 
 def _refusal(reply: ErrorReply) -> tuple[FailureCode, str]:

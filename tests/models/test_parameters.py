@@ -174,6 +174,25 @@ def test_a_refusal_says_nothing_about_a_parameter_that_was_not_sent(
     assert error.parameter is None
 
 
+@pytest.mark.parametrize(
+    ("status", "words", "expected"),
+    [
+        (400, "Assistant messages cannot be continued.", True),
+        (422, "Prefill is not supported.", True),
+        (400, "Unsupported parameter: 'continue_final_message'", True),
+        (400, "Unsupported parameter: 'top_p'", False),
+        (404, "Not found", False),
+        (409, "busy", False),
+        (302, "", False),
+        (400, "Invalid API key", False),
+        (500, "continue_final_message", False),
+    ],
+)
+def test_only_a_refusal_of_what_a_request_says_may_be_one_to_go_on(status: int, words: str, expected: bool) -> None:
+    error = error_from_status(status, said(words), redact=str, sent={"continue_final_message", "top_p"})
+    assert error.may_be_continuation is expected
+
+
 BROKEN_SCHEMA = said(  # the words of llama.cpp
     "Unable to generate parser for this template. Automatic parser generation failed: JSON schema error at "
     "#/properties/a: unrecognized type x",

@@ -283,8 +283,13 @@ async def test_a_reply_with_a_call_before_its_text_is_not_continued_and_each_cal
 
 
 REFUSALS = (
-    ModelError("upstream_rejected", "The model server refused the request (HTTP 400)."),
-    ModelError("parameter_refused", "The model server does not take it.", parameter="continue_final_message"),
+    ModelError("upstream_rejected", "The model server refused the request (HTTP 400).", may_be_continuation=True),
+    ModelError(
+        "parameter_refused",
+        "The model server does not take it.",
+        parameter="continue_final_message",
+        may_be_continuation=True,
+    ),
 )
 
 
@@ -369,6 +374,42 @@ async def test_a_reply_that_is_to_begin_anew_does_so_once_the_store_takes_its_su
         nursery.cancel_scope.cancel()
         assert other.sessions.suspensions.not_kept == 0
     assert (record.state, record.text, record.attempt) == ("completed", "Bye", 3)
+
+
+async def test_a_refusal_for_another_reason_leaves_the_text_so_far(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    turn_id = await suspended(store)
+    async with open_next(store) as other:
+        other.puppet.refuse = ModelError("upstream_rejected", "The model server is not there (HTTP 404).")
+        told = await events_of(other, turn_id)
+        record = await store.get_turn("s", turn_id, now=TestClock()())
+    assert isinstance(told[-1], TurnFailed)
+    assert (record.text, record.attempt, text_told(told)) == ("Hello", 2, "Hello")
+
+
+async def test_a_prompt_that_was_too_long_first_may_begin_anew_too(autojump_clock: MockClock) -> None:
+    store = MemoryStore()
+    async with open_stage(store) as stage:
+        await stage.sessions.create_session(NewSession(id="s"))
+        earlier, reply = await begun(stage, NewTurn(text="old " * 100), "answer")
+        reply.finish()
+        await earlier.wait_ended()
+        turn, _ = await begun(stage, CONTINUES, "Hel", "lo")
+        await suspend(stage)
+    async with open_next(store) as other:
+        await sweep(other)
+        (await other.puppet.next_reply()).fail(ModelError("context_too_long", "too long"))
+        again = await other.puppet.next_reply()
+        assert again.request.prefix == "Hello"
+        again.fail(REFUSALS[0])
+        await wait_all_tasks_blocked()  # it is suspended
+        await sweep(other)
+        anew = await other.puppet.next_reply()
+        assert anew.request.prefix == ""
+        anew.finish()
+        with trio.fail_after(10):
+            record = await other.sessions.wait_turn("s", turn.id)
+    assert (record.state, record.attempt) == ("completed", 3)
 
 
 async def test_a_reply_for_which_another_turn_waits_does_not_begin_anew(autojump_clock: MockClock) -> None:

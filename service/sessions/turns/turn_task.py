@@ -37,9 +37,6 @@ UNTOLD_MAX_S = 60.0
 RETRY_S = 1.0
 """The pause between two attempts, where no beat tells that the store is back."""
 
-_NO_CONTINUATION = ("upstream_rejected", "parameter_refused")
-"""How a model server refuses a request that ends with the reply so far, or a parameter which asks to go on with it."""
-
 
 class Suspend(Protocol):
     """Suspends a turn whose work has stopped: :meth:`~service.sessions.active.suspensions.Suspensions.suspend`."""
@@ -217,16 +214,8 @@ async def _reply(turn: Turn, *, may_leave: Callable[[], bool], store: Store, clo
     refusal = await _ask(turn, asked, settings=settings)
     if refusal is None:
         return
-    if refusal.code in _NO_CONTINUATION:
-        if not (may_leave() and turn.begin_anew()):
-            raise refusal
-        logger.warning(
-            "the model server refuses to go on with a reply (continuation): the reply begins anew",
-            session_id=turn.session_id,
-            turn_id=turn.id,
-            upstream=turn.client.name,
-            code=refusal.code,
-        )
+    if refusal.code != "context_too_long":
+        _begin_anew(turn, refusal, may_leave=may_leave)
         return
     if not turn.may_leave_out:
         raise refusal
@@ -247,8 +236,24 @@ async def _reply(turn: Turn, *, may_leave: Callable[[], bool], store: Store, clo
         asked = _Asked((), shorter, prefix)
         del shorter
         refusal = await _ask(turn, asked, settings=settings)
+        if refusal is not None and refusal.code != "context_too_long":
+            _begin_anew(turn, refusal, may_leave=may_leave)
+            return
     if refusal is not None:
         _decide_failed(turn, refusal, settings)
+
+
+def _begin_anew(turn: Turn, refusal: ModelError, *, may_leave: Callable[[], bool]) -> None:
+    """Suspend a turn without its reply. Raises: ModelError, the refusal to go on with the reply, if it may not be."""
+    if not (may_leave() and turn.begin_anew()):
+        raise refusal
+    logger.warning(
+        "the model server refuses to go on with a reply (continuation): the reply begins anew",
+        session_id=turn.session_id,
+        turn_id=turn.id,
+        upstream=turn.client.name,
+        code=refusal.code,
+    )
 
 
 def _check_whole(turn: Turn, prompt: Prompt) -> None:
@@ -402,7 +407,7 @@ def _may_be_asked_again(turn: Turn, asked: _Asked, error: Exception) -> bool:
     asked again: no piece of a reply was sent."""
     if not isinstance(error, ModelError) or turn.has_output:
         return False
-    return error.code == "context_too_long" or (bool(asked.prefix) and error.code in _NO_CONTINUATION)
+    return error.code == "context_too_long" or (bool(asked.prefix) and error.may_be_continuation)
 
 
 def _decide_failed(turn: Turn, error: Exception, settings: Settings) -> None:
