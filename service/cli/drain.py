@@ -13,6 +13,8 @@ from service.cli.terminal.output import Output, complain
 from service.client_settings import Target
 
 _LOOK_S = 0.2
+_UNANSWERED_MAX = 10
+"""A server that has not answered so many looks in a row is gone: a tunnel or a balancer takes the connections."""
 _MARGIN_S = 10
 """How much longer than its own bounds a server may take until ``--wait`` gives up."""
 
@@ -58,12 +60,15 @@ async def _workers(client: Client) -> frozenset[tuple[int, str]]:
 
 async def _wait_gone(client: Client, before: frozenset[tuple[int, str]]) -> bool:
     """Return once none of these processes accepts connections: whether others answer in their place."""
+    unanswered = 0
     while True:
         try:
             if not await _workers(client) & before:
                 return True
+            unanswered = 0
         except LastcallError as error:
-            # A connection that is cut is no sign of it: one of several workers has ended, say.
-            if is_connect_refused(error):
+            # One connection that is cut is no sign of it: one of several workers has ended, say.
+            unanswered = unanswered + 1 if error.status is None else 0
+            if is_connect_refused(error) or unanswered == _UNANSWERED_MAX:
                 return False
         await trio.sleep(_LOOK_S)

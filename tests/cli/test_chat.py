@@ -584,28 +584,32 @@ class _DrainedServer:
 
     def __init__(self) -> None:
         self.has_cut_two = trio.Event()
-        self._cut: int | None = None
+        self.cut: int | None = None
 
     async def serve(self, stream: trio.SocketStream) -> None:
         received = b""
         async with stream:
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some(65536)
+            while not received.endswith(b"{}" if received.startswith(b"POST") else b"\r\n\r\n"):
+                data = await stream.receive_some(65536)
+                if not data:
+                    return
+                received += data
             if received.startswith(b"POST"):
-                self._cut = 0
+                self.cut = 0
                 answer: dict[str, Any] = {"workers": 2, "bounds_s": {"draining": 2, "total": CAP_S}}
-            elif self._cut is None:
+            elif self.cut is None:
                 answer = {"workers": [{"pid": 7, "started_at": "2026-01-31T09:30:00Z"}]}
             else:
-                self._cut += 1
-                if self._cut == 2:
+                self.cut += 1
+                if self.cut == 2:
                     self.has_cut_two.set()
                 return
             head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n"
             await stream.send_all(head + json.dumps(answer).encode())
 
 
-async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_refused", [True, False], ids=["refused", "tunnel"])
+async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tmp_path: Path, is_refused: bool) -> None:
     drained = _DrainedServer()
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
@@ -614,8 +618,12 @@ async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tm
             nursery.start_soon(trio.serve_listeners, drained.serve, [listener])
             with trio.fail_after(CAP_S):
                 await drained.has_cut_two.wait()
+            if not is_refused:
+                await output.until("gone after [0-9.]+ s\n")
+                assert drained.cut == 10
             nursery.cancel_scope.cancel()  # which closes the listener
-        await output.until("gone after [0-9.]+ s\n")
+        if is_refused:
+            await output.until("gone after [0-9.]+ s\n")
         assert await drain.wait() == 0
 
 
