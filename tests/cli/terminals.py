@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 import httpx
 import trio
 
-from tests.kept_server import SERVE, kept_server
+from tests.kept_server import kept_server
 
 CAP_S = 60
 """Bound of each wait: a program takes a second to start, and many times that on a busy machine."""
 KEY, ADMIN_KEY = "sesame-of-the-terminal", "sesame-of-an-operator"
-_KEYS = f"""
+API_KEYS = f"""
 api_keys = [
   "{KEY}",
   {{ name = "operator", key = "{ADMIN_KEY}", may = ["administer"] }},
@@ -247,14 +247,8 @@ class Served:
 
 
 @contextmanager
-def serving(
-    folder: Path, settings: Mapping[str, str], *, config: str = "", port: int = 0, arguments: Sequence[str] = ()
-) -> Iterator[Served]:
-    """Run a server with the keys of these tests until the block is left; it may be stopped in the block.
-
-    Args:
-        arguments: Those of ``lastcall serve``.
-    """
+def serving(folder: Path, settings: Mapping[str, str], *, config: str = "", port: int = 0) -> Iterator[Served]:
+    """Run a server with the keys of these tests until the block is left; it may be stopped in the block."""
     settings = {"bind": f"127.0.0.1:{port}", "store_url": f"sqlite:{folder}/lastcall.db"} | dict(settings)
-    with kept_server(folder, settings, config=_KEYS + config, command=(*SERVE, *arguments)) as (url, process):
+    with kept_server(folder, settings, config=API_KEYS + config) as (url, process):
         yield Served(url, process)

@@ -17,13 +17,14 @@ import httpx
 import pytest
 import trio
 
+from bench.server_process import Launch, open_server, python_command
 from service.api.operator.tree import VIEWERS_MAX
 from service.cli import client_commands
 from service.cli.main import main
 from service.client_settings import ClientSettingsError, read_target
 from service.errors import SettingsError
 from service.settings import Settings, read_sources
-from tests.cli.terminals import ADMIN_KEY, CAP_S, KEY, Served, open_terminal, serving
+from tests.cli.terminals import ADMIN_KEY, API_KEYS, CAP_S, KEY, Served, open_terminal, serving
 from tests.clients.surroundings import free_port, open_cutting_proxy
 from tests.docs.test_examples import open_model, program
 
@@ -567,16 +568,20 @@ async def test_a_drain_waits_until_all_workers_and_their_master_are_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
-    settings = {"model_url": "scripted:", "release_timeout_s": "30"}  # on a busy machine, too
-    with serving(tmp_path, settings, arguments=("--workers", "2")) as server:
-        with trio.fail_after(CAP_S):
-            while len(workers := workers_that_serve(server)) < 2:  # noqa: ASYNC110  other processes set no event
-                await trio.sleep(0.05)
-        async with program("-m", "service", "drain", "--wait", "--url", server.url, folder=tmp_path) as (drain, output):
+    (tmp_path / "lastcall.toml").write_text(API_KEYS)
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": f"sqlite:{tmp_path}/lastcall.db"}
+    env |= {"LASTCALL_MODEL_URL": "scripted:", "LASTCALL_RELEASE_TIMEOUT_S": "30"}  # on a busy machine, too
+    launch = Launch(python_command("-m", "service", "serve", "--workers", "2"), env=env, workers=2, folder=tmp_path)
+    async with open_server(launch, log_path=tmp_path / "server.log", start_timeout_s=CAP_S) as server:
+        workers = await server.wait_workers(2)
+        url = f"http://127.0.0.1:{server.port}"
+        async with program("-m", "service", "drain", "--wait", "--url", url, folder=tmp_path) as (drain, output):
             await output.until("The server at .* drains; 2 processes stop as at SIGTERM: .*gone after [0-9.]+ s\n")
             assert await drain.wait() == 0
         assert not any(map(lives, workers))
-        assert server.process.wait(timeout=CAP_S) == 0
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 0
 
 
 class _DrainedServer:
@@ -625,12 +630,6 @@ async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tm
         if is_refused:
             await output.until("gone after [0-9.]+ s\n")
         assert await drain.wait() == 0
-
-
-def workers_that_serve(server: Served) -> list[int]:
-    """The process ids of the workers that have started."""
-    workers: list[dict[str, Any]] = server.get("/admin/tree?nodes=10", key=ADMIN_KEY)["workers"]
-    return [it["pid"] for it in workers if it["status"] == "serving"]
 
 
 def lives(pid: int) -> bool:
