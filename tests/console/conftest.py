@@ -197,4 +197,5 @@ async def tabs(kept_browser: KeptBrowser, server: Server) -> AsyncIterator[Tabs]
             async with open_tabs(kept_browser, server) as opened:
                 yield opened
         finally:
-            await server.end_turns()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CAP_S):
+                await server.end_turns()
