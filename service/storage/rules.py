@@ -422,7 +422,7 @@ def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> Adopte
         event = Resumed(seq, attempt, "continue", text_length(output))
     else:
         # Without a checkpoint before a crash there are no events: how the turn started is known all the same.
-        kept, output = list(without_reply(runs)), ()
+        kept, output = list(without_reply(runs) if runs else _start_of(turn)), ()
         event = Resumed(seq, attempt, "retry")
     adopted = msgspec.structs.replace(turn, attempt=attempt, last_seq=seq, output=output)
     return AdoptedTurn(turn=adopted, runs=(*kept, resumed_run(event)))
@@ -431,6 +431,11 @@ def resumed(turn: TurnRecord, runs: Sequence[Run], *, continues: bool) -> Adopte
 def without_reply(runs: Iterable[Run]) -> tuple[Run, ...]:
     """The events of a turn that has started, without those of its reply."""
     return tuple(run for run in runs if run.item in (QUEUED, STARTED)) or (Run(STARTED),)
+
+
+def _start_of(turn: TurnRecord) -> tuple[Run, ...]:
+    """The events of a turn up to its start. One that starts at once does so at the moment of its acceptance."""
+    return (Run(STARTED),) if turn.started_at == turn.created_at else (Run(QUEUED), Run(STARTED))
 
 
 def as_adopted(

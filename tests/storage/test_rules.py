@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from service.errors import HeadMovedError, PreconditionFailedError
 from service.models.client import Usage
 from service.storage import rules
+from service.storage.pieces import QUEUED, STARTED
 from service.storage.records import (
     SEQ_AFTER_CRASH,
     EndResult,
@@ -228,3 +229,16 @@ def test_the_totals_of_no_turns_are_nothing() -> None:
     session = msgspec.structs.replace(a_session(), message_count=3, open_turns=1, input_tokens=4, output_tokens=5)
     assert rules.with_totals(session, []) == a_session()
     assert session.created_at == T0
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        (a_turn(), [STARTED]),
+        (rules.started(a_turn(state="queued"), at(3)), [QUEUED, STARTED]),
+    ],
+    ids=["at once", "queued"],
+)
+def test_how_an_adopted_turn_has_started_is_known_without_a_checkpoint(turn: TurnRecord, expected: list[int]) -> None:
+    adopted = rules.resumed(turn, (), continues=False)
+    assert [run.item for run in adopted.runs[:-1]] == expected

@@ -672,7 +672,9 @@ class History:
             return begun.session
         if isinstance(step, Suspend):
             return set(await self.store.suspend_turns(self._asked, now=self.now))
-        return list(await adopt(self.store, step.session_id, now=self.now))
+        opened = self.model.open_turns(step.session_id)
+        running = [turn.id for turn in opened if turn.id not in self.model.adopted]  # as a process names its live turns
+        return list(await adopt(self.store, step.session_id, now=self.now, running=running))
 
     def _edit_in_model(self, step: Add | DeleteTurns | DeleteTurn | DeleteItem) -> object:
         if isinstance(step, Add):
@@ -894,9 +896,13 @@ SUSPENDED_EPHEMERAL: list[Step] = [
 ]
 
 
+LIVE: list[Step] = [Create("b", 1), BeginLasting("b", None, "retry", "queued"), Adopt("b")]
+
+
 @IN_PROCESS
 @histories
 @example(history=SUSPENDED_EPHEMERAL)
+@example(history=LIVE)
 @given(st.lists(steps, max_size=40))
 async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore, history: list[Step]) -> None:
     await _compare(open_store, history)
@@ -905,6 +911,7 @@ async def test_a_store_does_what_a_simple_model_of_it_does(open_store: OpenStore
 @ON_A_SERVER
 @few_histories
 @example(history=SUSPENDED_EPHEMERAL)
+@example(history=LIVE)
 @given(st.lists(steps, max_size=40))
 async def test_a_store_on_a_server_does_what_a_simple_model_of_it_does(
     open_store: OpenStore, history: list[Step]
