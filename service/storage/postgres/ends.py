@@ -1,6 +1,6 @@
 """The rows of a turn's end: the same for a normal end and for a recovery."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 import msgspec
@@ -11,7 +11,7 @@ from service.storage.pieces import Run
 from service.storage.postgres import documents, event_pages, idempotency, removals, segments, trees
 from service.storage.postgres.connections import Db
 from service.storage.postgres.rows import Row
-from service.storage.postgres.turn_rows import values_of
+from service.storage.postgres.turn_rows import parts, values_of
 from service.storage.records import TurnRecord
 
 _COUNTS = ("message_count", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens")
@@ -96,26 +96,13 @@ def keep_ends(db: Db, ends: Sequence[End], *, owner: int) -> list[bool]:
         Of each end whether it was kept: whether the turn was open and this owner's.
     """
     kept: set[str] = set()
-    for some in _parts([it for it in ends if not it.turn.ephemeral]):
-        kept |= _keep(db, some, owner)
+    lasting = [it for it in ends if not it.turn.ephemeral]
+    for part in parts([it.turn for it in lasting], bytes_max=_BYTES_AT_ONCE):
+        kept |= _keep(db, lasting[part], owner)
     for it in ends:
         if it.turn.ephemeral and _remove(db, it, owner):
             kept.add(it.turn.id)
     return [it.turn.id in kept for it in ends]
-
-
-def _parts(ends: Sequence[End]) -> Iterator[list[End]]:
-    part: list[End] = []
-    size = 0
-    for it in ends:
-        length = it.turn.text_bytes
-        if part and size + length > _BYTES_AT_ONCE:
-            yield part
-            part, size = [], 0
-        part.append(it)
-        size += length
-    if part:
-        yield part
 
 
 def _keep(db: Db, ends: Sequence[End], owner: int) -> set[str]:

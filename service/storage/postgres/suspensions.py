@@ -3,7 +3,7 @@
 They lie in rows as ended turns do whose texts are in pages: no owner's segments have anything of them.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
 import msgspec
@@ -14,7 +14,7 @@ from service.storage.pieces import Run
 from service.storage.postgres import event_pages
 from service.storage.postgres.connections import Db
 from service.storage.postgres.rows import Row
-from service.storage.postgres.turn_rows import values_of
+from service.storage.postgres.turn_rows import parts, values_of
 from service.storage.records import SuspendedSession, SuspendedTurn, TurnRecord
 from service.storage.rules import NOBODY
 
@@ -86,7 +86,8 @@ def keep(db: Db, suspensions: Sequence[Suspension], now: datetime, *, owner: int
     """Suspend turns in sessions whose rows are locked. Returns the ids of those that were the owner's, and the keys of
     their sessions, which are used at ``now``."""
     ids, sessions = set[str](), set[int]()
-    for some in _parts(suspensions):
+    for part in parts([it.turn for it in suspensions], bytes_max=_BYTES_AT_ONCE):
+        some = suspensions[part]
         rows = [values_of(it.turn) | event_pages.values_in_pages(it.turn, it.runs) for it in some]
         values: dict[str, object] = {name: [row[name] for row in rows] for name in _TYPES}
         found = {row[0]: row[1:] for row in db.execute(_SUSPEND, values | {"owner": owner}).fetchall()}
@@ -97,20 +98,6 @@ def keep(db: Db, suspensions: Sequence[Suspension], now: datetime, *, owner: int
     if sessions:
         db.execute(_USE, {"now": moment(now), "sessions": list(sessions)})
     return ids, sessions
-
-
-def _parts(suspensions: Sequence[Suspension]) -> Iterator[list[Suspension]]:
-    part: list[Suspension] = []
-    size = 0
-    for it in suspensions:
-        length = it.turn.text_bytes
-        if part and size + length > _BYTES_AT_ONCE:
-            yield part
-            part, size = [], 0
-        part.append(it)
-        size += length
-    if part:
-        yield part
 
 
 def leave(db: Db, sessions: Collection[int], *, owner: int) -> None:

@@ -133,12 +133,12 @@ def json_of(items: Sequence[Item]) -> bytes:
     return msgspec.json.encode(items)
 
 
-def parts(turns: Sequence[TurnRecord]) -> Iterator[slice]:
-    """The places of the turns that one statement adds, so that no statement has very many texts."""
+def parts(turns: Sequence[TurnRecord], *, bytes_max: int = _BYTES_AT_ONCE) -> Iterator[slice]:
+    """The places of the turns that one statement writes, so that no statement has very many texts."""
     first = size = 0
     for place, turn in enumerate(turns):
         size += turn.text_bytes
-        if place > first and (size > _BYTES_AT_ONCE or place - first == _ROWS_AT_ONCE):
+        if place > first and (size > bytes_max or place - first == _ROWS_AT_ONCE):
             yield slice(first, place)
             first, size = place, turn.text_bytes
     if turns:
