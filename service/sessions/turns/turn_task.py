@@ -212,40 +212,35 @@ async def _reply(turn: Turn, *, may_leave: Callable[[], bool], store: Store, clo
     asked = _Asked(path, prompt, prefix)
     del path, prompt  # they may be large, and a reply long
     refusal = await _ask(turn, asked, settings=settings)
-    if refusal is None:
-        return
-    if refusal.code != "context_too_long":
-        _begin_anew(turn, refusal, may_leave=may_leave)
-        return
-    if not turn.may_leave_out:
-        raise refusal
-    assert asked.prompt is not None
-    shorter = await in_steps(
-        shortened(
-            asked.prompt,
-            refusal,
-            asked.path,
-            system_message=turn.system_message,
-            max_output_tokens=turn.record().max_output_tokens,
-            older=older,
-            prefix=prefix,
+    if refusal is not None and refusal.code == "context_too_long" and turn.may_leave_out:
+        assert asked.prompt is not None
+        shorter = await in_steps(
+            shortened(
+                asked.prompt,
+                refusal,
+                asked.path,
+                system_message=turn.system_message,
+                max_output_tokens=turn.record().max_output_tokens,
+                older=older,
+                prefix=prefix,
+            )
         )
-    )
-    if shorter is not None:
-        logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)
-        asked = _Asked((), shorter, prefix)
-        del shorter
-        refusal = await _ask(turn, asked, settings=settings)
-        if refusal is not None and refusal.code != "context_too_long":
-            _begin_anew(turn, refusal, may_leave=may_leave)
-            return
+        if shorter is not None:
+            logger.info("too long for the model: asking again without the oldest turns", turn_id=turn.id)
+            asked = _Asked((), shorter, prefix)
+            del shorter
+            refusal = await _ask(turn, asked, settings=settings)
     if refusal is not None:
-        _decide_failed(turn, refusal, settings)
+        _begin_anew(turn, refusal, may_leave=may_leave)
 
 
 def _begin_anew(turn: Turn, refusal: ModelError, *, may_leave: Callable[[], bool]) -> None:
-    """Suspend a turn without its reply. Raises: ModelError, the refusal to go on with the reply, if it may not be."""
-    if not (may_leave() and turn.begin_anew()):
+    """Suspend a turn without its reply, which the model's server refuses to go on with.
+
+    Raises:
+        ModelError: The refusal, if it is of another kind, or if the turn may not be suspended.
+    """
+    if refusal.code == "context_too_long" or not (may_leave() and turn.begin_anew()):
         raise refusal
     logger.warning(
         "the model server refuses to go on with a reply (continuation): the reply begins anew",
