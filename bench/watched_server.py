@@ -26,7 +26,7 @@ def run_server(
 
     from service.hosting.application import create_hosted_app  # noqa: PLC0415
     from service.hosting.listeners.bind import bind_addresses  # noqa: PLC0415
-    from service.settings import load_settings  # noqa: PLC0415
+    from service.setting_sources import load_settings  # noqa: PLC0415
     from service.telemetry.logging import configure_logging  # noqa: PLC0415
 
     settings = load_settings()

@@ -15,7 +15,9 @@ import trio
 
 from service.errors import SettingsError
 from service.sessions.upkeep.run_every import run_every
-from service.settings import ENV_PREFIX, NamedKey, Permission, Settings, Sources, digest_of, digests_of
+from service.setting_sources import ENV_PREFIX, Sources
+from service.setting_types import Permission
+from service.settings import NamedKey, Settings, digest_of, digests_of
 from service.telemetry.logging import mask_secrets_of
 from service.watched_files import LOOK_INTERVAL_S, WatchedFiles
 

@@ -56,7 +56,9 @@ from service.sessions.upkeep.checkpoints import run_checkpoints
 from service.sessions.upkeep.expiry import run_expiry
 from service.sessions.upkeep.heartbeats import run_heartbeats
 from service.sessions.upkeep.recovery import run_recovery
-from service.settings import Settings, Sources, Upstream, missing_driver, shown_url
+from service.setting_sources import Sources
+from service.setting_types import missing_driver, shown_url
+from service.settings import Settings, Upstream
 from service.shutdown import Shutdown
 from service.steps import Steps
 from service.storage.memory import open_memory_store

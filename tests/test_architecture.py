@@ -20,6 +20,8 @@ LAYERS = (
         "errors",
         "failure_codes",
         "settings",
+        "setting_types",
+        "setting_sources",
         "client_settings",
         "service_links",
         "clock",
@@ -193,4 +195,4 @@ def test_only_the_settings_read_the_environment() -> None:
         nodes = ast.walk(ast.parse(path.read_text()))
         return any(isinstance(it, ast.Attribute) and it.attr in {"environ", "environb", "getenv"} for it in nodes)
 
-    assert [module for module, path in MODULES.items() if reads_it(path)] == ["client_settings", "settings"]
+    assert [module for module, path in MODULES.items() if reads_it(path)] == ["client_settings", "setting_sources"]

@@ -52,7 +52,7 @@ from service.api.openai.errors import is_path_of_openai, openai_error_response
 from service.api.operator import admin, console, drain, health, metrics, shutdowns, tree
 from service.api.reference import page
 from service.errors import InvalidRequestError, OwnedElsewhereError, ShuttingDownError, StoreError
-from service.settings import Permission
+from service.setting_types import Permission
 from service.telemetry.log_context import log_context
 from service.telemetry.refusal_log import causes_of
 

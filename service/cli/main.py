@@ -14,18 +14,9 @@ from service.cli.certificates import add_certificates_command, run_certificates_
 from service.cli.client_commands import CLIENT_COMMANDS, add_client_commands, run_client_command
 from service.cli.store_commands import add_commands, run_store_command
 from service.errors import StartupError
-from service.settings import (
-    OPTIONS,
-    SECRETS,
-    NamedKey,
-    Settings,
-    Sources,
-    Upstream,
-    check_stand_in,
-    read_sources,
-    shown_store_url,
-    shown_url,
-)
+from service.setting_sources import OPTIONS, SECRETS, Sources, read_sources
+from service.setting_types import shown_store_url, shown_url
+from service.settings import NamedKey, Settings, Upstream, check_stand_in
 
 _BIND_HELP = "host:port or, with api_keys, unix:path, in place of the setting; port 0 takes a free one"
 

@@ -14,7 +14,8 @@ from service.cli.session_export import ExportedSession, not_exported, owned_by, 
 from service.clock import wall_clock
 from service.errors import RefusedError, SessionExistsError, SessionNotFoundError, StartupError
 from service.ids import is_owner_name
-from service.settings import Settings, checked_schema_name, checked_store_url, missing_driver, shown_store_url
+from service.setting_types import checked_schema_name, checked_store_url, missing_driver, shown_store_url
+from service.settings import Settings
 
 if TYPE_CHECKING:  # only these commands need SQLite and the API
     from service.cli.exported_events import Turns

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from service.errors import RefusedError, StartupError
-from service.settings import missing_driver, shown_store_url, store_scheme_of
+from service.setting_types import missing_driver, shown_store_url, store_scheme_of
 from service.storage.whole_store import Contents, WholeStore, contents_of, copy_all
 
 PROGRESS_INTERVAL_S = 1.0

@@ -16,7 +16,7 @@ from typing import Self
 
 import msgspec
 
-from service.settings import split_host_port
+from service.setting_types import split_host_port
 
 _NONCE_BYTES = 16
 _PLACE_DIGITS = 16

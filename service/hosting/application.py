@@ -7,7 +7,8 @@ from quart_trio import QuartTrio
 from service.api.app import create_app
 from service.hosting.hypercorn.asgi_request import AsgiRequest
 from service.hosting.lifespan import LOAD_SETTINGS, READ_SOURCES, ServiceLifespan
-from service.settings import Settings, Sources, read_sources
+from service.setting_sources import Sources, read_sources
+from service.settings import Settings
 
 
 def create_hosted_app(

@@ -42,7 +42,8 @@ from service.hosting.peer_listener import check_sharing, open_peer_listener
 from service.hosting.process.process_exit import ExitCode, leave, leave_at_exit, refuse_to_start
 from service.hosting.process.watchdog import Watchdog, count_tasks
 from service.hosting.stop_signals import Notice, has_terminal
-from service.settings import Settings, check_stand_in, ignored_variables, standard_variables
+from service.setting_sources import ignored_variables, standard_variables
+from service.settings import Settings, check_stand_in
 from service.shutdown import PHASE_MARGIN_S, Host, Shutdown
 from service.steps import Steps
 from service.stop_state import Phase

@@ -44,7 +44,8 @@ from service.hosting.process.process_exit import ExitCode, leave, refuse_to_star
 from service.hosting.start_pause import StartPause
 from service.hosting.worker_main import SharedFile
 from service.hosting.worker_process import WorkerProcess, start_worker
-from service.settings import Settings, load_settings
+from service.setting_sources import load_settings
+from service.settings import Settings
 from service.telemetry.logging import configure_logging
 
 REPLACEMENTS_MAX = 5

@@ -44,7 +44,8 @@ from service.hosting.hypercorn.http1_connection import Stream
 from service.hosting.hypercorn.worker import Worker
 from service.hosting.listeners.peer_port import BACKLOG, PeerDoor, open_peer_port
 from service.sessions.upkeep.run_every import run_every
-from service.settings import Settings, split_host_port
+from service.setting_types import split_host_port
+from service.settings import Settings
 from service.watched_files import LOOK_INTERVAL_S
 
 logger = structlog.get_logger("lastcall.cluster")

@@ -13,7 +13,8 @@ from service.hosting.application import create_hosted_app
 from service.hosting.hypercorn_config import BACKLOG
 from service.hosting.listeners.bind import bind_addresses
 from service.hosting.process.process_exit import ExitCode, say
-from service.settings import Settings, read_sources
+from service.setting_sources import read_sources
+from service.settings import Settings
 from service.telemetry.logging import configure_logging
 
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 import structlog
 
 from service import __version__
-from service.settings import Settings, reaches_beyond_loopback, shown_url, split_host_port
+from service.setting_types import reaches_beyond_loopback, shown_url, split_host_port
+from service.settings import Settings
 from service.telemetry.logging import Log
 
 logger = structlog.get_logger("lastcall")

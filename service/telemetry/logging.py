@@ -20,7 +20,8 @@ import trio
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_log_level, add_logger_name
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-from service.settings import MASK, Settings, secrets_of
+from service.setting_types import MASK
+from service.settings import Settings, secrets_of
 from service.telemetry.escaping import escape, escape_json, escape_lines, escape_value
 from service.telemetry.log_context import with_current_ids
 from service.telemetry.log_writer import LogWriter

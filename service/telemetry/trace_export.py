@@ -19,7 +19,7 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from service.settings import standard_variables
+from service.setting_sources import standard_variables
 from service.telemetry.trace_variables import PREFIX
 
 logger = structlog.get_logger("lastcall.tracing")

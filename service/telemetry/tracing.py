@@ -33,7 +33,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from service import __version__
-from service.settings import standard_variables
+from service.setting_sources import standard_variables
 from service.telemetry.trace_export import Losses, WatchedExporter, replacing_library_records
 from service.telemetry.trace_variables import PREFIX, refusal_of
 

@@ -23,7 +23,8 @@ from service.cli import client_commands
 from service.cli.main import main
 from service.client_settings import ClientSettingsError, read_target
 from service.errors import SettingsError
-from service.settings import Settings, read_sources
+from service.setting_sources import read_sources
+from service.settings import Settings
 from tests.cli.terminals import ADMIN_KEY, API_KEYS, CAP_S, KEY, Served, open_terminal, serving
 from tests.clients.surroundings import free_port, open_cutting_proxy
 from tests.docs.test_examples import open_model, program

@@ -11,7 +11,7 @@ import pytest
 
 from service import __version__
 from service.cli.main import main
-from service.settings import read_sources
+from service.setting_sources import read_sources
 from tests.kept_log import said_in
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -23,7 +23,8 @@ from service.hosting import lifespan
 from service.hosting.application import create_hosted_app
 from service.hosting.hypercorn.worker import find_worker
 from service.sessions import sessions
-from service.settings import Settings, load_settings
+from service.setting_sources import load_settings
+from service.settings import Settings
 from service.stop_state import Phase
 from service.supervisor import Service, open_service
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bench.server_process import ROOT
-from service.settings import Settings, read_sources
+from service.setting_sources import read_sources
+from service.settings import Settings
 
 DEPLOY = ROOT / "deploy"
 OBJECTS: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes-replicas.yaml").read_text()))

@@ -15,7 +15,8 @@ from structlog.typing import EventDict
 from service.api.app import attach, create_app, detach
 from service.api_keys import ApiKeys, Caller
 from service.errors import SettingsError
-from service.settings import MASK, read_sources
+from service.setting_sources import read_sources
+from service.setting_types import MASK
 from service.supervisor import open_service
 from service.telemetry.logging import configure_logging, current_layout
 from service.watched_files import LOOK_INTERVAL_S

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.settings import NamedKey, Settings, digests_of, read_sources
+from service.setting_sources import read_sources
+from service.settings import NamedKey, Settings, digests_of
 
 ONE, TWO = "the-first-key-of-callers", "the-second-key-of-callers"
 HASH = sha256(TWO.encode()).hexdigest()

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from service.settings import ENV_PREFIX, SECRETS, Settings
+from service.setting_sources import ENV_PREFIX, SECRETS
+from service.settings import Settings
 
 README = Path(__file__).parent.parent.parent / "README.md"
 TABLE = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)

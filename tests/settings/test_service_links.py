@@ -3,7 +3,8 @@
 import pytest
 
 from service.errors import SettingsError
-from service.settings import Settings, ignored_variables, read_sources
+from service.setting_sources import ignored_variables, read_sources
+from service.settings import Settings
 from tests.settings.kubelet import Port, service_links
 
 KUBERNETES = service_links("lastcall", Port(80, name="http"))

@@ -9,16 +9,9 @@ from typing import Any
 import pytest
 
 from service.errors import SettingsError
-from service.settings import (
-    Settings,
-    check_stand_in,
-    load_settings,
-    reaches_beyond_loopback,
-    read_sources,
-    secrets_of,
-    shown_store_url,
-    shown_url,
-)
+from service.setting_sources import load_settings, read_sources
+from service.setting_types import reaches_beyond_loopback, shown_store_url, shown_url
+from service.settings import Settings, check_stand_in, secrets_of
 from service.store_capabilities import MEMORY, POSTGRESQL, SQLITE, StoreCapabilities
 
 ONE, TWO = "the-first-key-of-callers", "the-second-key-of-callers"

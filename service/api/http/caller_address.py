@@ -16,7 +16,8 @@ from itertools import islice
 from typing import Self
 
 from service.api.http.access import Address
-from service.settings import UNIX_PEERS, Settings
+from service.setting_types import UNIX_PEERS
+from service.settings import Settings
 
 HOPS_MAX = 32
 """Addresses that are read, from the right. A request passes fewer proxies."""

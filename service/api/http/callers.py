@@ -23,7 +23,7 @@ from service.api.http.request_record import record_of
 from service.api_keys import PLAIN, Caller
 from service.errors import InvalidRequestError, RefusedError
 from service.ids import is_owner_name, is_scoped_id, is_turn_id, scoped
-from service.settings import Permission
+from service.setting_types import Permission
 from service.telemetry.log_context import add_to_log_context
 
 OWNER = "Lastcall-Owner"

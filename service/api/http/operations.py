@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from service.api.http.wire_types import Query, RequestBody
 from service.errors import LastcallError
-from service.settings import Permission
+from service.setting_types import Permission
 
 H = TypeVar("H", bound=Callable[..., Any])
 

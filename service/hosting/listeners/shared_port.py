@@ -11,7 +11,7 @@ from hypercorn.config import Config
 
 from service.errors import StartupError
 from service.hosting.worker_main import SharedFile
-from service.settings import split_host_port
+from service.setting_types import split_host_port
 
 BACKLOG = 1024
 

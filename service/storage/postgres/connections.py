@@ -19,7 +19,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from service.errors import StoreError
-from service.settings import shown_store_url
+from service.setting_types import shown_store_url
 from service.storage.postgres.faults import Faults, startup_error
 from service.storage.postgres.rows import Row
 from service.storage.postgres.schema import quoted
