@@ -1,6 +1,6 @@
 // A chat in one page: streams, stops, retries and edits; a reload, a lost connection or a restarted server loses nothing.
 
-import { ENDS, Refused, ask, cancel, follow, newKey, path, start, textAfter, turns } from "./lastcall.js";
+import { ENDS, Refused, ask, cancel, follow, newKey, path, start, textAfter, turns } from "./small_client.js";
 
 const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
 const isNew = location.hash === "";

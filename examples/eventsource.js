@@ -1,6 +1,6 @@
 // One question and its answer through the browser's own EventSource, which comes back by itself after a cut.
 
-import { ENDS, ask, newKey, pause, textAfter } from "./lastcall.js";
+import { ENDS, ask, newKey, pause, textAfter } from "./small_client.js";
 
 const server = new URLSearchParams(location.search).get("server") ?? "http://127.0.0.1:8000";
 const [form, message, reply, status] =

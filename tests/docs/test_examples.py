@@ -414,7 +414,7 @@ async def test_a_text_is_cut_by_code_points(tmp_path: Path) -> None:
     async with open_all(tmp_path) as (examples, _, server):
         page = await examples.open_page("eventsource.html", server.port)
         await page.get(
-            "import('./lastcall.js').then(({ textAfter }) => document.title = "
+            "import('./small_client.js').then(({ textAfter }) => document.title = "
             "textAfter('\N{WAVING HAND SIGN}a\N{WAVING HAND SIGN}b', { type: 'turn.resumed', text_length: 3 })), 0"
         )
         await page.wait_for("document.title === '\N{WAVING HAND SIGN}a\N{WAVING HAND SIGN}'")
