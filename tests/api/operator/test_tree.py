@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from math import inf
 from typing import Any
 
 import pytest
@@ -124,7 +125,8 @@ async def test_a_snapshot_is_shared_for_a_moment_and_not_sent_twice(autojump_clo
         assert (later.status, later.json["id"] != first.json["id"]) == (200, True)
 
 
-async def test_a_part_of_the_tree_and_a_bound_on_its_nodes() -> None:
+async def test_a_part_of_the_tree_and_a_bound_on_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "SHARED_S", inf)  # all calls are about one snapshot
     async with open_api(model_url=SLOW) as api:
         await turns_running(api, 30)
         whole = (await api.call("GET", "/admin/tree")).json
