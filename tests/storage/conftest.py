@@ -4,12 +4,19 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import pytest
 
+from service.storage import search, sql_thread
 from service.storage.memory import open_memory_store
+from service.storage.memory import store as memory_store
+from service.storage.postgres import metadata as postgres_metadata
+from service.storage.sqlite import metadata as sqlite_metadata
 from service.storage.sqlite import open_sqlite_store
+from service.storage.sqlite import store as sqlite_store
+from service.storage.sqlite import turns as sqlite_turns
 from service.storage.store import Store
 from tests.postgres_server import PostgresServer, running
 
@@ -22,6 +29,23 @@ IN_PROCESS = pytest.mark.parametrize("open_store", ["memory", "sqlite"], indirec
 ON_A_SERVER = pytest.mark.parametrize("open_store", ["postgres"], indirect=True)
 """For a property test whose examples make thousands of calls: with a server each call takes several times as long, so
 such a test has fewer examples there."""
+
+
+@pytest.fixture(autouse=True)
+def _searches_and_paths_have_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page is partial and no path is left out because the machine stood still, or the garbage was collected. A test
+    of these bounds sets them itself."""
+    for module in (search, memory_store, sqlite_metadata, postgres_metadata):
+        monkeypatch.setattr(module, "SEARCH_S", inf)
+    monkeypatch.setattr(sqlite_turns, "SHORT_PATH_S", inf)
+
+
+@pytest.fixture
+def callers_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled caller waits for its step that has begun, also while the machine stands still: then the step is done
+    or undone when the call has ended, and not while the test looks."""
+    for module in (sql_thread, sqlite_store):
+        monkeypatch.setattr(module, "CLAIMED_GRACE_S", 60)
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])

@@ -178,7 +178,7 @@ def _forks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres_forks, "copies_of", number)
 
 
-@pytest.mark.usefixtures("_forks_alike")
+@pytest.mark.usefixtures("_forks_alike", "callers_wait")
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_cancelled_step_leaves_all_or_nothing(open_store: OpenStore, step: str) -> None:
     async with open_store() as store:
@@ -220,6 +220,7 @@ READS: dict[str, Callable[[Store], Awaitable[object]]] = {
 }
 
 
+@pytest.mark.usefixtures("callers_wait")
 @pytest.mark.parametrize("read", READS)
 async def test_a_cancelled_read_leaves_the_store_as_it_was(open_store: OpenStore, read: str) -> None:
     async with open_store() as store:

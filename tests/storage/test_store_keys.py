@@ -153,7 +153,7 @@ async def test_two_keys_of_one_session_are_two_keys(store: Store) -> None:
     assert await _made(store, a_key("two")) == ("source", "next", False)
 
 
-@pytest.mark.usefixtures("_in_many_steps")
+@pytest.mark.usefixtures("_in_many_steps", "callers_wait")
 @each_step
 async def test_a_cancelled_step_leaves_its_key_and_what_it_makes_or_none_of_them(
     open_store: OpenStore, step: str

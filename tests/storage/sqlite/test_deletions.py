@@ -217,14 +217,14 @@ async def test_a_process_that_dies_at_any_step_leaves_all_of_a_change_or_nothing
     assert sorted(outcomes) == outcomes
 
 
-@pytest.mark.usefixtures("in_the_smallest_steps")
+@pytest.mark.usefixtures("in_the_smallest_steps", "callers_wait")
 @pytest.mark.parametrize("what", CHANGES)
 async def test_the_unfinished_change_of_a_caller_that_left_is_undone(path: Path, what: str) -> None:
     async with open_sqlite_store(path) as store:
         await a_tree_with_calls(store)
         before = await contents(store, now=T0)
         for steps in range(1, 4):
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 async with trio.open_nursery() as nursery:
                     commits = store.writer.commits
                     nursery.start_soon(change, store, what)
@@ -237,7 +237,7 @@ async def test_the_unfinished_change_of_a_caller_that_left_is_undone(path: Path,
             assert (found["tree_changes"], found["changed_parts"], found["turns"]) == (0, 0, 13)
 
 
-@pytest.mark.usefixtures("in_the_smallest_steps")
+@pytest.mark.usefixtures("in_the_smallest_steps", "callers_wait")
 async def test_what_could_not_be_undone_at_once_is_undone_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_sqlite_store(path) as store:
         await a_tree_with_calls(store)
@@ -245,7 +245,7 @@ async def test_what_could_not_be_undone_at_once_is_undone_later(path: Path, monk
         def refuse(*_: object, **__: object) -> None:
             raise StoreError("The disk is full.")
 
-        with monkeypatch.context() as patched, trio.fail_after(30):
+        with monkeypatch.context() as patched, trio.fail_after(60):
             patched.setattr(tree_changes, "give_up", refuse)
             async with trio.open_nursery() as nursery:
                 commits = store.writer.commits

@@ -57,7 +57,7 @@ async def test_others_write_between_the_steps_and_see_nothing_before_the_last(pa
     async with open_sqlite_store(path) as store, open_sqlite_store(path) as other:
         await _fill(store)
         writes = 0
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lambda: store.fork_session("s", at=None, copy_id="copy", now=NOW))
                 while await other.count_sessions(status=None, now=NOW) == 1:
@@ -67,12 +67,13 @@ async def test_others_write_between_the_steps_and_see_nothing_before_the_last(pa
         assert len((await contents(other, now=NOW))["copy"][1]) == TURNS
 
 
+@pytest.mark.usefixtures("callers_wait")
 async def test_the_unfinished_fork_of_a_caller_that_left_is_removed(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await _rows(store)
         for steps in range(1, TURNS, 20):
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 async with trio.open_nursery() as nursery:
                     commits = store.writer.commits
                     nursery.start_soon(lambda: store.fork_session("s", at=None, copy_id="copy", now=NOW))
@@ -83,6 +84,7 @@ async def test_the_unfinished_fork_of_a_caller_that_left_is_removed(path: Path) 
             assert await _rows(store) == before
 
 
+@pytest.mark.usefixtures("callers_wait")
 async def test_an_unfinished_fork_that_could_not_be_removed_at_once_is_removed_later(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +94,7 @@ async def test_an_unfinished_fork_that_could_not_be_removed_at_once_is_removed_l
     async with open_sqlite_store(path) as store:
         await _fill(store)
         before = await _rows(store)
-        with monkeypatch.context() as patched, trio.move_on_after(5):
+        with monkeypatch.context() as patched, trio.fail_after(60):
             patched.setattr(store, "remove_deleted", refuse)
             async with trio.open_nursery() as nursery:
                 commits = store.writer.commits

@@ -1,8 +1,11 @@
 """Searches and listings by metadata work in short steps: between two of them no snapshot of the file is held."""
 
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import closing
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import apsw
 import msgspec
@@ -86,7 +89,7 @@ async def mark_b(store: SqliteStore) -> None:
 
 async def make_b_anew(store: SqliteStore) -> None:
     await remove_b(store)
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while store.writer.removed:  # noqa: ASYNC110  no event tells the end
             await trio.sleep(0.001)
     await store.create_session(msgspec.structs.replace(a_session("b"), title="Anew"), now=T0)
@@ -250,6 +253,7 @@ async def test_documents_that_are_indexed_between_the_steps_are_neither_lost_nor
 async def test_a_search_does_not_count_its_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("service.steps.time.monotonic", lambda: now)
+    monkeypatch.setattr(any_search, "SEARCH_S", 0.25)
     monkeypatch.setattr(search, "STEP_S", 0)
     async with open_sqlite_store(path) as store:
         for n in range(5):
@@ -281,8 +285,13 @@ def test_the_time_of_work_in_steps_is_that_of_its_steps(monkeypatch: pytest.Monk
     assert seen == [1, 2, 3]
 
 
-async def test_the_pages_of_a_search_beside_others_are_whole(path: Path) -> None:
-    """Many searches take turns, and none of them is partial because of the others."""
+async def test_the_pages_of_a_search_beside_others_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many searches take turns, and none of them is partial because of the others. By a clock on which each look takes
+    a millisecond, so that a busy machine changes nothing."""
+    looks = count()
+    clock = SimpleNamespace(monotonic=lambda: next(looks) / 1000, perf_counter=time.perf_counter)
+    monkeypatch.setattr("service.steps.time", clock)
+    monkeypatch.setattr(any_search, "SEARCH_S", 1)
     pages: list[Page[Match]] = []
     async with open_sqlite_store(path) as store:
         await store._writing.call(lambda db: fill(db, 1, 40))
@@ -294,3 +303,4 @@ async def test_the_pages_of_a_search_beside_others_are_whole(path: Path) -> None
             for _ in range(20):
                 nursery.start_soon(look)
     assert [len(page.data) for page in pages] == [40] * 20
+    assert next(looks) > 2000, "all searches together take longer than one of them may"
