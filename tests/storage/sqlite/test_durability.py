@@ -11,6 +11,7 @@ from service.storage.records import SessionPatch
 from service.storage.sqlite import SqliteStore, database, open_sqlite_store, writer
 from tests.storage.rows import T0, Contents, a_session, a_turn, contents, ended, said
 from tests.storage.sqlite.lossy_disk import LossyDisk
+from tests.storage.sqlite.test_sqlite_store import writer_held_up
 from tests.storage.test_store_owners import a_checkpoint
 
 
@@ -81,11 +82,13 @@ async def test_the_disk_does_lose_what_is_not_synced(
     assert await _lost(disk, path, None) > 0
 
 
+@pytest.mark.usefixtures("one_commit")
 async def test_steps_that_wait_together_share_a_sync(disk: LossyDisk, path: Path) -> None:
     async with open_sqlite_store(path) as store:
         await store.create_session(a_session(), now=T0)
         before = disk.syncs
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, writer_held_up(store):
             for n in range(100):
                 nursery.start_soon(lambda n: store.begin_turn(a_turn(f"t{n}"), now=T0), n)
-        assert disk.syncs - before < 20
+            await trio.testing.wait_all_tasks_blocked()
+        assert disk.syncs - before < 5

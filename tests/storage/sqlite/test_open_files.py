@@ -110,6 +110,7 @@ async def test_nothing_is_written_once_the_file_is_not_there_any_more_and_reads_
     assert line["store"] == f"sqlite:{path}"
 
 
+@pytest.mark.usefixtures("one_commit")
 @pytest.mark.parametrize("lose", LOSSES, indirect=True)
 async def test_a_commit_into_a_file_that_was_removed_meanwhile_is_not_acknowledged(
     path: Path, lose: Callable[[Path], object]
@@ -318,7 +319,7 @@ async def test_a_folder_that_may_not_be_read_is_no_hindrance(path: Path, monkeyp
 
 async def test_a_service_notices_without_a_caller_and_tells_no_end_as_stored(path: Path) -> None:
     settings = Settings(store_url=f"sqlite:{path}", model_url="scripted:?tokens=1000000&rate=100&first_token_s=0")
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with open_service(settings) as service:
             sessions = service.sessions
             await sessions.create_session(NewSession(id="s"))

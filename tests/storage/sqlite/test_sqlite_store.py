@@ -7,8 +7,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,37 +64,49 @@ async def test_a_new_connection_writes_nothing_to_a_file_that_is_there(path: Pat
 # The thread
 
 
+@asynccontextmanager
+async def writer_held_up(store: SqliteStore) -> AsyncIterator[None]:
+    """What is called within the context waits for the writer, which is in the middle of a step."""
+    working, go_on = threading.Event(), threading.Event()
+
+    def work(_: object) -> None:
+        working.set()
+        go_on.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store._writing.call, work)
+        try:
+            await trio.to_thread.run_sync(working.wait)
+            yield
+        finally:
+            go_on.set()
+
+
+@pytest.mark.usefixtures("one_commit")
 async def test_steps_that_wait_together_share_a_commit_and_a_lone_one_does_not_wait(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         before = store.writer.commits
         await store.create_session(a_session(), now=T0)
         assert store.writer.commits == before + 1
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery, writer_held_up(store):
             for n in range(200):
                 nursery.start_soon(lambda n: store.begin_turn(a_turn(f"t{n}"), now=T0), n)
-        assert store.writer.commits - before < 40
+            await trio.testing.wait_all_tasks_blocked()
+        assert store.writer.commits == before + 2
         assert (await store.get_session("s", now=T0)).open_turns == 200
 
 
 async def test_a_caller_that_leaves_before_its_step_began_leaves_nothing(path: Path) -> None:
     async with open_sqlite_store(path) as store:
-        working, go_on = threading.Event(), threading.Event()
-
-        def work(_: object) -> None:
-            working.set()
-            go_on.wait()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(store._writing.call, work)
-            await trio.to_thread.run_sync(working.wait)
-            with trio.fail_after(5):
+        async with writer_held_up(store):
+            with trio.fail_after(60):
                 with trio.move_on_after(0.01) as waiting:
                     await store.create_session(a_session(), now=T0)
                 assert waiting.cancelled_caught
-            go_on.set()
         assert await all_sessions(store, now=T0) == []
 
 
+@pytest.mark.usefixtures("callers_wait")
 async def test_a_caller_that_leaves_in_the_middle_of_its_step_leaves_all_of_it(path: Path) -> None:
     async with open_sqlite_store(path) as store:
         working, go_on = threading.Event(), threading.Event()
@@ -107,7 +119,7 @@ async def test_a_caller_that_leaves_in_the_middle_of_its_step_leaves_all_of_it(p
 
             await store._writing.call(step)
 
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(create)
                 await trio.to_thread.run_sync(working.wait)
@@ -242,7 +254,7 @@ async def _until_empty(store: SqliteStore) -> None:
         tables = ("sessions", "session_settings", "turns", "events", "event_pages", "outputs")
         return sum(db.execute(f"SELECT count(*) FROM {table}").get for table in tables)
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while await store._looking.call(rows):  # noqa: ASYNC110  no event tells the end
             await trio.sleep(0.005)
 
@@ -261,7 +273,7 @@ async def test_removed_rows_are_reclaimed_step_by_step_and_the_file_shrinks(
         await store.mark_deleted("s", now=T0)
         await store.remove_deleted("s")
         await _until_empty(store)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while (await trio.Path(path).stat()).st_size > 1_000_000:  # noqa: ASYNC110
                 await trio.sleep(0.005)
 
@@ -288,7 +300,7 @@ async def test_the_writer_rests_on_a_file_that_cannot_shrink(path: Path, monkeyp
         await _with_events(store, rows=5)
         await store.mark_deleted("s", now=T0)
         await store.remove_deleted("s")
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while store.writer.removed:  # noqa: ASYNC110  no event tells the end
                 await trio.sleep(0.005)
         await _until_empty(store)
@@ -356,7 +368,7 @@ async def test_the_writer_does_not_rest_while_rows_are_to_be_reclaimed(path: Pat
 
 
 async def _until_resting(store: SqliteStore) -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while store.writer.removed:  # noqa: ASYNC110  no event tells the end
             await trio.sleep(0.001)
 
