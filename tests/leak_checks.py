@@ -36,8 +36,9 @@ import pytest
 import trio
 from trio.lowlevel import Task
 
-SETTLE_S = 1.0
-"""How long a thread or a process that is about to end may take to do so."""
+SETTLE_S = 20.0
+"""How long a thread or a process that is about to end may take to do so: on a busy machine it may stand still for some
+seconds. Only a test that leaves something behind takes so long."""
 
 FREEZE_EVERY = 50
 """After so many tests, live objects are frozen out of collections, which would cost ten times as much at the end."""

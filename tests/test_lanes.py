@@ -38,7 +38,7 @@ def test_timing(number):
 def test_beside(number):
     """Ends once both workers are in this test, or have been."""
     (HERE / WORKER).touch()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(list(HERE.glob("gw*"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -87,7 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command += ["-p", f"no:{plugin}"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     subprocess.run(
-        command, cwd=folder, env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120, check=False
+        command, cwd=folder, env=environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300, check=False
     )
     return folder
 

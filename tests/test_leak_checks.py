@@ -11,12 +11,15 @@ import pytest
 pytestmark = pytest.mark.processes
 
 LEAKY_TESTS = '''
-import socket, subprocess, threading
+import atexit, socket, subprocess, threading
 import pytest, trio
 from hypothesis import given, settings, strategies as st
+from tests import leak_checks
 
+leak_checks.SETTLE_S = 1
 KEPT = []
 NEVER = threading.Event()
+LONG_S = 100  # what is left behind is there until the end of the run, however slow that is
 
 
 async def numbers():
@@ -61,16 +64,17 @@ def test_dropped_socket():
 
 
 def test_thread():
-    threading.Thread(target=NEVER.wait, args=(4,), name="stray", daemon=True).start()
+    threading.Thread(target=NEVER.wait, args=(LONG_S,), name="stray", daemon=True).start()
 
 
 async def test_abandoned_worker():
     with trio.move_on_after(0.05):
-        await trio.to_thread.run_sync(NEVER.wait, 4, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(NEVER.wait, LONG_S, abandon_on_cancel=True)
 
 
 def test_child_process():
-    KEPT.append(subprocess.Popen(["sleep", "4"]))
+    KEPT.append(subprocess.Popen(["sleep", str(LONG_S)]))
+    atexit.register(KEPT[-1].kill)
 
 
 def test_zombie():
@@ -129,7 +133,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     command += ["-p", "no:anyio", "-p", "no:schemathesis", "-p", "no:llmock"]
     repository = str(Path(__file__).parent.parent)
     subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": repository}, capture_output=True, timeout=120, check=False
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": repository}, capture_output=True, timeout=300, check=False
     )
     found: dict[str, str] = {}
     for case in ElementTree.parse(folder / "run.xml").iter("testcase"):
