@@ -1,5 +1,6 @@
 """A pgbouncer in transaction mode before the PostgreSQL server of the tests."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from bench.unprivileged import user_without_rights
 
 START_S = 30
 POOL_SIZE = 20
+CONFIG = "pgbouncer.ini"
 
 _CONFIG = """
 [databases]
@@ -44,6 +46,12 @@ class Pooler:
     def __init__(self, directory: Path, process: "subprocess.Popen[bytes]") -> None:
         self.directory = directory
         self.process = process
+
+    def set_query_wait(self, seconds: float) -> None:
+        """Bound the waits for a connection of the pool. The pooler reads it some moments later."""
+        config = self.directory / CONFIG
+        config.write_text(re.sub(r"(query_wait_timeout) = .*", rf"\1 = {seconds}", config.read_text()))
+        self.process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)  # at once: its clients are gone, or are cut
@@ -80,7 +88,7 @@ def start_pooler(
     directory.mkdir()
     (directory / "users").write_text("".join(f'"{user}" "{password}"\n' for user, password in users.items()))
     (directory / "hba").write_text(hba)
-    config = directory / "pgbouncer.ini"
+    config = directory / CONFIG
     config.write_text(
         _CONFIG.format(server=server, directory=directory, pool_size=pool_size, query_wait_s=query_wait_s)
     )

@@ -34,6 +34,9 @@ POOLER = "postgres_pooler"
 PASSWORD = "open-sesame"
 """Of the user ``guarded``, whom the server asks for it."""
 
+CONNECT_S = 60
+"""Bound of an attempt to connect: for each the server starts a process, which takes seconds on a busy machine."""
+
 _USES_MAX = 50
 """So often a schema is emptied and used again. What was deleted stays in its indexes until it is vacuumed."""
 _SETTINGS = {
@@ -86,7 +89,7 @@ class PostgresServer:
         return pgbouncer.start_pooler(program, self.directory / name, self.directory, _ROLES, _HBA, **settings)
 
     def url_of(self, user: str, database: str = "postgres", *, entrance: Path | None = None) -> str:
-        return f"postgresql://{user}@/{database}?host={entrance or self.entrance}"
+        return f"postgresql://{user}@/{database}?host={entrance or self.entrance}&connect_timeout={CONNECT_S}"
 
     def connect(self) -> None:
         import psycopg

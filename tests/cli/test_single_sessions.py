@@ -13,6 +13,7 @@ import trio
 from service.cli.main import main
 from service.cli.store_copy import copy_store
 from service.clock import wall_clock
+from service.setting_types import shown_store_url
 from service.storage.postgres import open_postgres_store
 from service.storage.sqlite import open_sqlite_store
 from service.storage.store import Store
@@ -140,11 +141,12 @@ async def test_two_deployments_in_one_database_never_meet(
 async def test_what_cannot_be_exported_is_said_in_one_line(
     postgres: PostgresServer, schema: str, capsys: Output
 ) -> None:
+    place = f"{shown_store_url(postgres.url)} (schema {schema})"
     assert await run("export", "s") == 78
-    assert capsys.readouterr().err.endswith(f"There is no store in {postgres.url} (schema {schema}).\n")
+    assert capsys.readouterr().err.endswith(f"There is no store in {place}.\n")
     async with open_postgres_store(postgres.url, schema_name=schema):
         assert await run("export", "s") == 1
-        assert f"There is no session 's' in {postgres.url} (schema {schema}).\n" in capsys.readouterr().err
+        assert f"There is no session 's' in {place}.\n" in capsys.readouterr().err
     postgres.run(f"UPDATE {schema}.store SET version = 1")
     assert await run("export", "s") == 78
     assert "was written by an older version; run lastcall migrate" in capsys.readouterr().err

@@ -6,11 +6,19 @@ from typing import Any
 
 import pytest
 
-from service.storage.postgres import PostgresStore, open_postgres_store
+from service.storage.postgres import PostgresStore, connections, open_postgres_store, owners
 from tests.postgres_server import PostgresServer
 from tests.storage.conftest import OpenStore
 
 Run = Callable[..., list[tuple[Any, ...]]]
+
+
+@pytest.fixture(autouse=True)
+def _transactions_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server keeps a transaction that a test holds open, and a write waits for it, also while the machine stands
+    still for some seconds."""
+    monkeypatch.setattr(connections, "IDLE_MAX_S", 120)
+    monkeypatch.setattr(owners, "RENEW_MAX_S", 60)
 
 
 @pytest.fixture

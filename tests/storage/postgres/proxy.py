@@ -7,7 +7,7 @@ from pathlib import Path
 
 import trio
 
-from tests.postgres_server import PostgresServer
+from tests.postgres_server import CONNECT_S, PostgresServer
 
 
 class Proxy:
@@ -20,7 +20,8 @@ class Proxy:
     """
 
     def __init__(self, entrance: Path, port: int) -> None:
-        self.url = f"postgresql://lastcall@127.0.0.1:{port}/postgres?sslmode=disable&gssencmode=disable"
+        options = f"sslmode=disable&gssencmode=disable&connect_timeout={CONNECT_S}"
+        self.url = f"postgresql://lastcall@127.0.0.1:{port}/postgres?{options}"
         self.is_away = False
         self.silences_new = False
         self.holding = trio.Event()

@@ -21,7 +21,7 @@ from tests.storage.rows import T0, a_session, a_turn, at, ended, said
 from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_owners import a_checkpoint
 
-WAIT_S = 30
+WAIT_S = 60
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ async def test_a_commit_of_unknown_outcome_happens_before_the_next_write_or_neve
     store: PostgresStore, proxy: Proxy, postgres: PostgresServer
 ) -> None:
     proxy.hold(b"COMMIT\0")
-    with trio.fail_after(30):
+    with trio.fail_after(WAIT_S):
         with pytest.raises(StoreError, match="the database does not answer"):
             await _title(store, "held")
         async with trio.open_nursery() as nursery:
@@ -210,9 +210,9 @@ async def test_a_write_after_an_unknown_outcome_does_not_wait_for_a_long_change_
 async def test_a_write_after_an_unknown_outcome_waits_for_others_within_a_bound(
     store: PostgresStore, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owners, "RENEW_MAX_S", 0.1)
     with trio.fail_after(WAIT_S):
-        with psycopg.connect(postgres.url) as other:
+        with psycopg.connect(postgres.url) as other, monkeypatch.context() as hurried:
+            hurried.setattr(owners, "RENEW_MAX_S", 0.1)
             other.execute(f"SELECT FROM {store._schema}.owners FOR SHARE".encode())
             store.ownership.doubt()
             async with trio.open_nursery() as nursery:
@@ -236,7 +236,7 @@ async def test_a_long_change_whose_caller_left_is_given_up(store: PostgresStore,
         begun.set()
         db.execute("SELECT pg_sleep(60)")
 
-    with trio.fail_after(20):
+    with trio.fail_after(WAIT_S / 2):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store._change, change)
             await trio.to_thread.run_sync(begun.wait)
@@ -252,9 +252,9 @@ async def test_a_long_change_whose_caller_left_after_its_last_statement_is_given
     def change(db: Db) -> None:
         sessions.update(db, "s", SessionPatch(title="late"), store.me, T0)
         begun.set()
-        assert goes_on.wait(20)
+        assert goes_on.wait(WAIT_S)
 
-    with trio.fail_after(20):
+    with trio.fail_after(WAIT_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store._change, change)
             await trio.to_thread.run_sync(begun.wait)
@@ -385,7 +385,7 @@ async def test_of_steps_that_share_a_transaction_only_the_faulty_one_fails(store
 
     def hang(_: Db) -> None:
         hangs.set()
-        assert goes_on.wait(20)
+        assert goes_on.wait(WAIT_S)
 
     def fail(db: Db) -> None:
         db.execute("SELECT 1 / 0")
@@ -400,7 +400,7 @@ async def test_of_steps_that_share_a_transaction_only_the_faulty_one_fails(store
             failed.append(error)
 
     before = store.writer.commits
-    with trio.fail_after(20):
+    with trio.fail_after(WAIT_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store._write, hang)
             await trio.to_thread.run_sync(hangs.wait)
@@ -422,11 +422,11 @@ async def test_steps_on_own_turns_share_a_commit(store: PostgresStore) -> None:
 
     def hang(_: Db) -> None:
         hangs.set()
-        assert goes_on.wait(20)
+        assert goes_on.wait(WAIT_S)
 
     for n in range(10):
         await store.begin_turn(a_turn(f"t{n}", state="queued"), now=T0)
-    with trio.fail_after(20):
+    with trio.fail_after(WAIT_S):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store._write, hang)
             await trio.to_thread.run_sync(hangs.wait)

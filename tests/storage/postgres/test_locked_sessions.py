@@ -22,7 +22,7 @@ from tests.storage.postgres.locks import until_something_waits
 from tests.storage.rows import T0, a_session, a_turn, ended, said, told
 from tests.storage.test_store_owners import a_checkpoint
 
-WAIT_S = 30
+WAIT_S = 60
 
 
 class HandedOver:

@@ -20,7 +20,7 @@ from tests.storage.rows import T0, a_session, a_turn, all_turns, at, contents, e
 from tests.storage.test_store_added_turns import an_added_turn
 from tests.storage.test_store_deletions import a_tree, found_by, names
 
-WAIT_S = 30
+WAIT_S = 60
 
 
 class Held:

@@ -95,12 +95,13 @@ def open_shared(postgres: PostgresServer, url: str) -> Iterator[OpenStore]:
         yield partial(open_postgres_store, url, schema_name=schema)
 
 
-@pytest.mark.usefixtures("_forks_alike")
+@pytest.mark.usefixtures("_forks_alike", "callers_wait")
 @pytest.mark.parametrize("step", ["begin with its session", "end"])
 async def test_a_cancelled_step_leaves_all_or_nothing(open_store: OpenStore, step: str) -> None:
     await cancellation.test_a_cancelled_step_leaves_all_or_nothing(open_store, step)
 
 
+@pytest.mark.usefixtures("callers_wait")
 @pytest.mark.parametrize("read", ["search", "path in pages"])
 async def test_a_cancelled_read_leaves_the_store_as_it_was(open_store: OpenStore, read: str) -> None:
     await cancellation.test_a_cancelled_read_leaves_the_store_as_it_was(open_store, read)
@@ -171,7 +172,7 @@ async def test_a_pool_without_a_free_connection_refuses_within_its_bound_and_the
     postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "BACKOFF_S", 0)
-    pooler = postgres.start_pooler("narrow", pool_size=1, query_wait_s=1)
+    pooler = postgres.start_pooler("narrow", pool_size=1, query_wait_s=WAIT_S)
     try:
         url = _url(postgres, pooler)
         with postgres.empty_schema() as schema, trio.fail_after(WAIT_S):
@@ -179,9 +180,11 @@ async def test_a_pool_without_a_free_connection_refuses_within_its_bound_and_the
                 await store.create_session(a_session(), now=T0)
                 with psycopg.connect(url) as other:
                     other.execute("SELECT 1")  # its transaction has the one connection of the pool
+                    pooler.set_query_wait(1)
                     with pytest.raises(StoreError, match="no free connection") as refused:
                         await store.update_session("s", SessionPatch(title="never"), now=T0)
                     assert refused.value.retry_after_s == 1
+                    pooler.set_query_wait(WAIT_S)
                 assert (await store.get_session("s", now=T0)).title is None
     finally:
         pooler.stop()

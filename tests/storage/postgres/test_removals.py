@@ -71,7 +71,7 @@ async def test_a_caller_that_leaves_a_removal_loses_one_piece_at_most(
     pieces = 0
     remove_some = removals.remove_some
 
-    with trio.fail_after(30), trio.CancelScope() as scope:
+    with trio.fail_after(60), trio.CancelScope() as scope:
 
         def remove(db: Db) -> bool:
             nonlocal pieces
@@ -141,7 +141,7 @@ async def test_a_recovery_passes_over_what_others_hold_and_comes_back_to_it(
             await second.begin_turn(a_turn("t2", "s2"), now=T0, creates=a_session("s2"))
     async with open_another() as here:
         assert isinstance(here, PostgresStore)
-        with psycopg.connect(postgres.url) as other, trio.fail_after(30):
+        with psycopg.connect(postgres.url) as other, trio.fail_after(60):
             assert other.execute(f"SELECT key FROM {schema}.sessions WHERE id = 'held' FOR UPDATE".encode()).rowcount
             assert await here.recover(now=at(1)) == 2
             assert (await here.get_turn("s", "t", now=at(1))).state == "interrupted"

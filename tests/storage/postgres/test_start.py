@@ -224,7 +224,7 @@ def test_the_wait_for_others_has_a_bound(postgres: PostgresServer, monkeypatch: 
 
 
 async def test_a_start_that_waits_can_be_cancelled(postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with postgres.new_schema() as name, psycopg.connect(postgres.url) as other, trio.fail_after(30):
+    with postgres.new_schema() as name, psycopg.connect(postgres.url) as other, trio.fail_after(60):
         await _open_once(postgres.url, schema_name=name)
         monkeypatch.setattr(schema, "SCRIPTS", (*schema.SCRIPTS, "ALTER TABLE {s}.turns ADD COLUMN another int"))
         other.execute(schema._LOCK.encode(), (name,))
@@ -252,7 +252,7 @@ async def test_a_failed_start_leaves_no_connection(postgres: PostgresServer) -> 
         await _open_once(url, schema_name=name)
         postgres.run(f"DROP TABLE {name}.owners")
         await _refusal(url, schema_name=name)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while _connections(postgres):  # noqa: ASYNC110  no event tells it
                 await trio.sleep(0.01)
 
