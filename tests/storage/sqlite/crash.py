@@ -27,7 +27,7 @@ from service.sessions.sessions import Sessions
 from service.sessions.turns.turn import Turn
 from service.settings import Settings
 from service.storage.records import SEQ_AFTER_CRASH, Checkpoint
-from service.storage.sqlite import SqliteStore, forks, maintenance, open_sqlite_store
+from service.storage.sqlite import SqliteStore, forks, indexing, maintenance, open_sqlite_store
 from service.supervisor import open_service
 from tests.storage import rows
 
@@ -75,6 +75,7 @@ async def serve(path: str, seed: int) -> None:
 
     Turn.note_checkpoint = tell_checkpoint  # type: ignore[method-assign, assignment]
     forks.STEP_S = 0  # so that a kill hits the middle of some forks
+    indexing.STEP_S = 0  # a row in each step: so that a kill hits the middle of the indexing, also if it comes late
     async with open_service(settings) as service, trio.open_nursery() as nursery:
         tell("ready", "")
         earlier = [it.id for it in (await service.sessions.list_sessions(limit=50)).data if it.idle_timeout_s > 1]

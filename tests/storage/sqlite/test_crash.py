@@ -1,6 +1,7 @@
 """A service that is killed at any moment loses nothing that it acknowledged."""
 
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from tests.storage.test_store_search import found
 @pytest.mark.processes
 async def test_nothing_that_clients_have_seen_is_lost_in_a_crash(path: Path) -> None:
     facts = Facts()
-    with trio.fail_after(120):
-        for seed in range(3):
+    with trio.fail_after(300):
+        for seed in count():
             await trio.to_thread.run_sync(run_and_kill, path, seed, facts)
             await compare(path, facts)
-    assert sum(told.end is not None for told in facts.turns.values()) > 0
+            if seed >= 2 and any(told.end is not None for told in facts.turns.values()):
+                break  # on a busy machine a killed process may have ended no turn
 
 
 @pytest.mark.processes
@@ -28,7 +30,7 @@ async def test_a_file_of_schema_3_gets_whole_indexes_although_the_process_is_kil
     sessions, turns = 40, 100
     test_indexing.write(path, sessions=sessions, turns=turns, long=False)
     facts = Facts()
-    with trio.fail_after(120):
+    with trio.fail_after(300):
         left = []
         for seed in range(2):
             await trio.to_thread.run_sync(run_and_kill, path, seed, facts)

@@ -17,7 +17,7 @@ def _settings(path: Path, script: str = "tokens=50&rate=0&first_token_s=0") -> S
 
 
 async def test_a_replay_outlives_the_service_delta_by_delta(path: Path) -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with open_service(_settings(path)) as service:
             session = (await service.sessions.create_session(NewSession())).id
             turn, watch = await service.sessions.start_turn(session, NewTurn(text="hi", background=True))
@@ -33,8 +33,8 @@ async def test_a_replay_outlives_the_service_delta_by_delta(path: Path) -> None:
 
 
 async def test_a_turn_that_the_shutdown_ends_is_kept_with_what_checkpoints_brought_and_the_rest(path: Path) -> None:
-    with trio.fail_after(30):
-        async with open_service(_settings(path, "tokens=1000&rate=500&first_token_s=0")) as service:
+    with trio.fail_after(60):
+        async with open_service(_settings(path, "tokens=100000&rate=500&first_token_s=0")) as service:
             session = (await service.sessions.create_session(NewSession())).id
             turn, watch = await service.sessions.start_turn(session, NewTurn(text="hi", background=True))
             watch.release()
