@@ -195,7 +195,7 @@ async def test_an_expiry_is_told_before_it_comes(tmp_path: Path) -> None:
 
 async def meet(one: PeerCertificates, other: PeerCertificates) -> bytes:
     """Let two replicas meet; returns what the other one received."""
-    with trio.fail_after(10), trio.socket.socket() as listener:
+    with trio.fail_after(60), trio.socket.socket() as listener:
         await listener.bind(("127.0.0.1", 0))
         listener.listen()
         with trio.socket.socket() as ours:

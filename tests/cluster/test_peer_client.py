@@ -20,7 +20,7 @@ from service.stop_state import StopState
 from tests.cluster.certificates import peer_certificates
 
 SECRET = b"s" * 32
-CAP_S = 10
+CAP_S = 60
 
 
 @asynccontextmanager

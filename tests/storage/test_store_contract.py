@@ -1265,7 +1265,7 @@ async def _both(first: Callable[[], Awaitable[object]], second: Callable[[], Awa
         except (SessionNotFoundError, SessionExistsError, PreconditionFailedError) as error:
             results[n] = type(error)
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, 0, first)
             nursery.start_soon(run, 1, second)

@@ -61,7 +61,7 @@ async def test_a_backup_beside_a_service_that_never_pauses_writing_is_whole(path
                 await store.end_turn(ended(a_turn(f"t{n}", f"s{n}")), runs=said("H", "i"), now=T0)
 
         nursery.start_soon(write_for_ever)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await trio.to_thread.run_sync(maintenance.backup, path, copy, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
     assert maintenance.check(copy) == []

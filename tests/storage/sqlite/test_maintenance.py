@@ -193,7 +193,7 @@ async def test_a_circle_of_turns_ends_every_read_and_is_found_by_a_check(path: P
         db.execute("UPDATE turns SET parent = 't' WHERE id = 't'")
         db.execute("UPDATE sessions SET head = 'nowhere' WHERE id = 'self'")
         db.commit()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_sqlite_store(path) as store:
             for session, turn, whole in (("s", T3, [T1, T2, T3]), ("self", "t", ["t"])):
                 assert [it.id for it in await store.read_path(session, turn, bytes_max=None)] == whole
@@ -281,7 +281,7 @@ async def test_a_vacuum_of_a_file_that_cannot_shrink_ends_and_says_how_it_can(pa
         await store.create_session(a_session(), now=T0)
         await store.update_session("s", SessionPatch(title="x" * 100_000), now=T0)
         await store.update_session("s", SessionPatch(title=None), now=T0)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         with pytest.raises(StartupError, match="rebuilt without auto_vacuum") as refused:
             await trio.to_thread.run_sync(maintenance.vacuum, path, abandon_on_cancel=True)
         statement = str(refused.value).split("'")[-2]

@@ -99,7 +99,7 @@ async def test_a_migration_leaves_a_copy_from_before_and_happens_once(
 ) -> None:
     _restore(path, len(SCRIPTS))
     monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT))
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             for _ in range(4):  # several workers start at once
                 nursery.start_soon(_open, path)
@@ -137,7 +137,7 @@ async def test_workers_that_start_together_wait_for_the_one_that_migrates_a_larg
     monkeypatch.setattr(database, "SCRIPTS", (*SCRIPTS, NEXT))
     monkeypatch.setattr(database, "_LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(database, "back_up", copy_slowly)
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             for _ in range(4):
                 nursery.start_soon(_open, path)

@@ -21,7 +21,7 @@ async def test_the_parts_that_commits_add_are_merged_between_them(path: Path) ->
         await store.create_session(a_session("a"), now=T0)
         for n in range(5 * documents.SEGMENTS_MAX):
             await store.update_session("a", SessionPatch(title=f"title {n}"), now=T0)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             while store.writer._unmerged >= documents.SEGMENTS_MAX:  # noqa: ASYNC110  no event tells the end
                 await trio.sleep(0.001)
         assert await parts_of(store) < 2 * documents.SEGMENTS_MAX

@@ -52,7 +52,7 @@ async def open_hanging_thread() -> AsyncIterator[tuple[SqlThread[apsw.Connection
     thread = SqlThread("hanging", batches)
     await thread.open()
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(thread.call, lambda _: None)
                 await trio.to_thread.run_sync(batches.hangs.wait)
@@ -98,7 +98,7 @@ async def test_a_bounded_number_of_steps_waits(monkeypatch: pytest.MonkeyPatch) 
             nursery.start_soon(thread.call, partial(lambda number, _: done.append(number), number))
             await wait_all_tasks_blocked()
         try:
-            with pytest.raises(StoreError, match="5 steps wait"), trio.fail_after(5):
+            with pytest.raises(StoreError, match="5 steps wait"), trio.fail_after(60):
                 await thread.call(Input().write)
             assert done == []
         finally:
