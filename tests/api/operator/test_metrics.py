@@ -1,7 +1,6 @@
 """The call for metrics: what a known number of events adds up to, and who may read it."""
 
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from service.models.retrying import RetryingClient
 from service.sessions.events.streams import Streams
 from service.steps import at_once
 from service.stop_state import Phase, StopState
-from service.storage.sqlite import database
 from service.telemetry.metrics.exposition import exposed
 from service.telemetry.metrics.metrics import Metrics
 from tests.api.inprocess import SSE, Api, open_api
+from tests.api.operator.locked_database import locked
 from tests.sessions.puppet import Puppet
 from tests.telemetry.scrape import Samples, promtool, samples_of, turns_by_end
 
@@ -114,17 +113,12 @@ async def test_a_failed_turn_has_its_code_and_a_stream_is_open_while_it_is(autoj
 
 async def test_an_end_that_the_store_refuses_is_counted_and_pending_until_it_is_stored(tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
-    model_url = "scripted:?tokens=3&rate=1"
-    async with open_api(
-        store_url=f"sqlite:{path}", model_url=model_url, store_timeout_s=0.3, cleanup_timeout_s=0.3
-    ) as api:
+    async with open_api(store_url=f"sqlite:{path}", model_url="scripted:?tokens=1000&rate=1") as api:
         session = await api.new_session()
         started = await api.call("POST", f"/sessions/{session}/turns", {"input": "a", "background": True})
-        with closing(database.connect(path)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(path):
             await api.call("POST", f"{started.headers['location']}/cancel")
             during = await scrape(api)
-            other.execute("ROLLBACK")
         await store_pending_writes(api)
         after = await scrape(api)
     assert during["lastcall_turn_ends_not_stored_total", ""] == 1
@@ -139,15 +133,13 @@ async def test_an_end_that_the_store_refuses_is_counted_and_pending_until_it_is_
 
 async def test_a_turn_whose_caller_got_an_error_is_no_turn_that_failed(tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
-    async with open_api(store_url=f"sqlite:{path}", store_timeout_s=0.3, cleanup_timeout_s=0.3) as api:
+    async with open_api(store_url=f"sqlite:{path}") as api:
         sessions = [await api.new_session() for _ in range(2)]
-        with closing(database.connect(path)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(path):
             for session, on_interrupt in zip(sessions, ("fail", "continue"), strict=True):
                 turn = {"input": "a", "on_interrupt": on_interrupt}
                 assert (await api.call("POST", f"/sessions/{session}/turns", turn)).status == 503
             during = await scrape(api)
-            other.execute("ROLLBACK")
         await store_pending_writes(api)
         after = await scrape(api)
     assert during["lastcall_turn_ends_pending", ""] == 2
@@ -223,7 +215,7 @@ async def test_the_store_may_hang_and_the_metrics_are_told(tmp_path: Path, monke
             raise AssertionError
 
         monkeypatch.setattr(api.service.store, "count_sessions", hang)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             assert (await scrape(api))["lastcall_workers", ""] == 1
 
 

@@ -1,14 +1,13 @@
 """Readiness says that the store refuses writes, and stays 200: a balancer would take the reads away too."""
 
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 import trio
 
 from service.errors import StoreError
-from service.storage.sqlite import database
 from tests.api.inprocess import open_api
+from tests.api.operator.locked_database import locked
 
 
 async def test_readyz_is_503_while_the_file_of_the_store_is_gone(tmp_path: Path) -> None:
@@ -27,11 +26,10 @@ async def test_readyz_is_503_while_the_file_of_the_store_is_gone(tmp_path: Path)
 
 async def test_readyz_tells_that_the_store_refuses_writes_and_reads_go_on(tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
-    async with open_api(store_url=f"sqlite:{path}", store_timeout_s=0.3) as api:
+    async with open_api(store_url=f"sqlite:{path}") as api:
         await api.new_session(id="before")
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
-        with closing(database.connect(path)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(path):
             refused = await api.call("POST", "/sessions", {"id": "s"})
             refused.problem(503, "store_unavailable")
             ready = await api.call("GET", "/readyz")
@@ -41,7 +39,6 @@ async def test_readyz_tells_that_the_store_refuses_writes_and_reads_go_on(tmp_pa
             with pytest.raises(StoreError):
                 await api.service.sessions.pending_writes.retry()
             assert (await api.call("GET", "/readyz")).json == {"status": "ready", "writes": "refused"}
-            other.execute("ROLLBACK")
         await api.service.sessions.pending_writes.retry()  # as the recovery loop does
         assert (await api.call("GET", "/readyz")).json == {"status": "ready"}
         assert {session["id"] for session in (await api.call("GET", "/sessions")).json["data"]} <= {"before", "s"}
