@@ -21,6 +21,12 @@ from tests.api.inprocess import Api, leave, open_api
 SLOW = "scripted:?tokens=1000&rate=10&first_token_s=0"
 
 
+@pytest.fixture(autouse=True)
+def _every_look_is_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a walk that took much processor time, as all of them do on a busy machine."""
+    monkeypatch.setattr(live_tree, "WALK_WAIT_MAX_S", 0)
+
+
 async def turns_running(api: Api, count: int) -> list[str]:
     """Start so many turns, each in a session of its own. Returns the paths of the turns."""
     paths = []
