@@ -149,8 +149,12 @@ async def open_api(**settings: Any) -> AsyncIterator[Api]:
         settings: And ``peers``, the way in which other processes are reached, if not only through Unix sockets.
     """
     peers: PeerTransport | None = settings.pop("peers", None)
+    settings = {"store_url": STORE_URL} | settings
+    if settings["store_url"] != "memory:":
+        # The close of a file leaves the file's threads behind when its time is over, and no test is about that time.
+        settings = {"release_timeout_s": CAP_S} | settings
     app = _unused.pop() if _unused else create_app()
-    async with open_service(Settings(**{"store_url": STORE_URL} | settings), peers=peers) as service:
+    async with open_service(Settings(**settings), peers=peers) as service:
         attach(app, service)
         try:
             yield Api(app, service)

@@ -9,7 +9,8 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from quart_trio.testing import connections
 from quart_trio.wrappers import TrioResponse
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service.api import app
 from service.api.http import proxy
@@ -31,7 +32,7 @@ from service.api.http.app_state import held_bytes_of
 from service.api.http.proxy import PEER, SUCCESSORS, FaceStream, split_whole
 from service.api.native import turns
 from service.api.openai.response_events import CUT
-from service.cluster import owner_beats, peer_tls, peer_transport
+from service.cluster import owner_beats, peer_proof, peer_tls, peer_transport
 from service.cluster.peer_address import PeerAddress
 from service.cluster.peer_certificates import PeerCertificates
 from service.cluster.peer_proof import Purpose, check_peer
@@ -43,7 +44,6 @@ from service.hosting.peer_listener import client_returns
 from service.models.scripted import Script, ScriptedClient
 from service.sessions.events.events import Event
 from service.sessions.events.replay import Replay
-from service.sessions.turns import turn as turn_module
 from service.stop_state import Phase
 from service.storage.records import SEQ_AFTER_CRASH, EndResult, TurnRecord
 from service.storage.sqlite import SqliteStore, open_sqlite_store
@@ -57,7 +57,7 @@ from tests.storage.test_store_owners import a_checkpoint
 TURN = "turn_" + 32 * "a"
 EVENTS = f"/sessions/s/turns/{TURN}/events"
 HEAD = b"HTTP/1.1 200 \r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
-CAP_S = 15
+CAP_S = 60
 
 
 def chunk(data: str) -> bytes:
@@ -93,12 +93,15 @@ class Owner:
         listener: trio.socket.SocketType,
         address: str,
         certificates: PeerCertificates | None = None,
+        *,
+        patch: pytest.MonkeyPatch,
     ) -> None:
         self.store = store
         self.address = address
         self.listener = listener
         self.accepted: list[trio.socket.SocketType] = []
         self.certificates = certificates
+        self._patch = patch
 
     async def take_connection(self) -> tuple[PeerStream, Purpose]:
         """The next connection, and what it is for."""
@@ -125,11 +128,16 @@ class Owner:
 
     async def die(self, stream: PeerStream | None = None) -> None:
         """Die as a process does: the connections close first, and the lock is free a moment later."""
+        self.may_take_long_to_die()
         self.listener.close()
         if stream is not None:
             stream.socket.close()
         await trio.sleep(0.05)
         await self.store.aclose()
+
+    def may_take_long_to_die(self) -> None:
+        """Let the application wait longer for the lock than any test takes: a busy machine closes a store slowly."""
+        self._patch.setattr(proxy, "_DYING_S", CAP_S)
 
 
 @asynccontextmanager
@@ -141,28 +149,31 @@ async def open_owner(
     turn: TurnRecord | None = None,
     **settings: Any,
 ) -> AsyncIterator[tuple[Api, Owner]]:
-    """An application, and the owner of a turn on the same file."""
+    """An application, and the owner of a turn on the same file.
+
+    A drain of the application, and a proof between the two, take longer than any test.
+    """
     path = folder / "lastcall.db"
     address = f"@test-{secrets.token_hex(8)}"
     certificates = peer_certificates(folder / "certificates") if WAY == "tls" else None
     family = socket.AF_UNIX if certificates is None else socket.AF_INET
-    with trio.fail_after(CAP_S), trio.socket.socket(family) as listener:
+    with trio.fail_after(CAP_S), trio.socket.socket(family) as listener, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_proof, "_TIMEOUT_S", CAP_S)
         await listener.bind(socket_name(address) if certificates is None else ("127.0.0.1", 0))
         listener.listen(backlog)
         if certificates is not None:
             address = f"tls://127.0.0.1:{listener.getsockname()[1]}/lastcall-{32 * '0'}?place={16 * 'f'}"
         async with (
-            open_sqlite_store(path, address=address) as store,
+            open_sqlite_store(path, address=address, close_timeout_s=CAP_S) as store,
             open_api(
                 peers=peers or PeerTransport(certificates),
                 store_url=f"sqlite:{path}",
-                model_url="scripted:?tokens=3&rate=0&first_token_s=0",
-                **settings,
+                **{"model_url": "scripted:?tokens=3&rate=0&first_token_s=0", "drain_timeout_s": CAP_S} | settings,
             ) as api,
         ):
             await store.create_session(a_session("s", idle_timeout_s=3600), now=T0)
             await store.begin_turn(turn or a_turn(TURN, "s"), now=T0)
-            owner = Owner(store, listener, address, certificates)
+            owner = Owner(store, listener, address, certificates, patch=patch)
             yield api, owner
             for accepted in owner.accepted:
                 accepted.close()
@@ -285,8 +296,7 @@ async def test_a_stream_goes_on_here_with_the_turn_of_a_dead_owner(tmp_path: Pat
 async def test_the_client_of_a_stream_that_goes_on_here_is_the_turns_client(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The turn lives as long as this client, and is cancelled when the client leaves after the time for its return."""
-    monkeypatch.setattr(turn_module, "CLIENT_RETURNS_S", 0.05)
+    """The turn is cancelled when this client leaves after the time for its return."""
     turn = msgspec.structs.replace(a_turn(TURN, "s"), started_at=datetime.now(UTC), on_interrupt="retry")
     async with open_owner(tmp_path, turn=turn) as (api, owner):
         slow = ScriptedClient(Script(tokens=1000, rate=100, first_token_s=0))
@@ -300,6 +310,7 @@ async def test_the_client_of_a_stream_that_goes_on_here_is_the_turns_client(
             while b"turn.delta" not in await client.receive():
                 pass
             [adopted] = api.service.sessions.open_turns()
+            adopted._return_deadline = trio.current_time()  # the time for the return is over now
             assert isinstance(client, connections.TestHTTPConnection)
             await leave(client)
             record = await adopted.wait_ended()
@@ -601,7 +612,7 @@ async def test_a_process_that_may_open_nothing_more_says_so_and_gives_up_no_owne
 )
 @both_ways
 async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
-    method: str, path: str, repeatable: bool, tmp_path: Path
+    method: str, path: str, repeatable: bool, tmp_path: Path, mock_clock: MockClock
 ) -> None:
     bodies: dict[str, object] = {
         "/sessions/s/turns": {"input": "x", "background": True},
@@ -614,6 +625,8 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, method, path, body))
         stream, _ = await owner.take()
+        assert not replies
+        mock_clock.jump(10)
         await wait_for(replies)
         problem = replies[0].problem(503, "store_unavailable")
         assert "does not answer" in problem["detail"]
@@ -634,21 +647,23 @@ async def test_an_owner_that_hangs_is_not_waited_for_beyond_its_time(
     ],
 )
 async def test_an_owner_has_longer_for_calls_that_wait_for_more_than_one_step_of_the_store(
-    method: str, path: str, body: object, tmp_path: Path
+    method: str, path: str, body: object, tmp_path: Path, mock_clock: MockClock
 ) -> None:
     settings: dict[str, Any] = {"store_timeout_s": 0.5, "cleanup_timeout_s": CAP_S}
     async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, method, path, body))
         stream, _ = await owner.take()
-        await trio.sleep(0.7)
+        await pass_time(mock_clock, 0.7)
         await stream.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
 
 
 @both_ways
-async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_takes(tmp_path: Path) -> None:
+async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_takes(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     settings: dict[str, Any] = {"store_timeout_s": 0.2, "cleanup_timeout_s": 0.2}
     async with open_owner(tmp_path, **settings) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
@@ -659,7 +674,7 @@ async def test_a_call_that_waits_for_its_turn_and_a_stream_wait_as_long_as_that_
             streaming, _ = await owner.take()
             await streaming.send_all(HEAD + chunk(frame(1)))
             assert await client.receive() == frame(1).encode()
-            await trio.sleep(1)
+            await pass_time(mock_clock, 1)
             await streaming.send_all(chunk(frame(2)) + b"0\r\n\r\n")
             assert await client.receive() == frame(2).encode()
             assert await client.receive() == b"", "the end of the body"
@@ -683,8 +698,7 @@ async def test_a_body_is_kept_until_its_owner_has_accepted_it(is_repeatable: boo
         assert held_bytes_of(api.app).bytes > 100_000
         if not is_repeatable:
             await stream.send_all(b"HTTP/1.1 103 \r\nlocation: " + EVENTS.encode() + b"\r\n\r\n")
-            await wait_all_tasks_blocked(0.02)
-            assert held_bytes_of(api.app).bytes == 0
+            await until(lambda: held_bytes_of(api.app).bytes == 0)
         await stream.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
@@ -693,20 +707,31 @@ async def test_a_body_is_kept_until_its_owner_has_accepted_it(is_repeatable: boo
 
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats that are missing soon: before any other wait is over, on a clock that the test moves."""
     monkeypatch.setattr(owner_beats, "START_AFTER_S", 0.05)
     monkeypatch.setattr(owner_beats, "BEAT_INTERVAL_S", 0.1)
     monkeypatch.setattr(owner_beats, "SILENCE_S", 0.3)
 
 
+async def beats_begin(owner: Owner, clock: MockClock) -> PeerStream:
+    """The connection for the beats of an owner that a request waits for, once it has waited for a while."""
+    clock.jump(owner_beats.START_AFTER_S)
+    beating, purpose = await owner.take_connection()
+    assert purpose == "beats"
+    return beating
+
+
 @both_ways
-async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(quick_beats: None, tmp_path: Path) -> None:
+async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(
+    quick_beats: None, tmp_path: Path, mock_clock: MockClock
+) -> None:
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
         stream, _ = await owner.take()
-        beating, purpose = await owner.take_connection()
-        assert purpose == "beats"
+        beating = await beats_begin(owner, mock_clock)
         await stream.send_all(HEAD + chunk(frame(1)))
         assert await client.receive() == frame(1).encode()
+        mock_clock.jump(owner_beats.SILENCE_S)
         assert await client.receive() == b"", "the end of the body, without a terminal event"
         assert (await owner.store.get_turn("s", TURN, now=datetime.now(UTC))).is_open
 
@@ -737,7 +762,7 @@ async def test_a_stream_whose_owner_hangs_ends_as_one_that_can_be_resumed(quick_
 @pytest.mark.parametrize("accepted", [True, False])
 @both_ways
 async def test_a_call_that_waits_for_a_turn_whose_owner_hangs_is_told_the_turn(
-    accepted: bool, prefix: str, quick_beats: None, tmp_path: Path
+    accepted: bool, prefix: str, quick_beats: None, tmp_path: Path, mock_clock: MockClock
 ) -> None:
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
@@ -747,8 +772,9 @@ async def test_a_call_that_waits_for_a_turn_whose_owner_hangs_is_told_the_turn(
         path = f"{prefix}/sessions/s/turns/{TURN}"
         if accepted:
             await stream.send_all(f"HTTP/1.1 103 \r\nlocation: {path}\r\n\r\n".encode())
-        _, purpose = await owner.take_connection()
-        assert purpose == "beats"
+            await until(lambda: held_bytes_of(api.app).bytes == 0)  # the body is dropped once this was read
+        await beats_begin(owner, mock_clock)
+        mock_clock.jump(owner_beats.SILENCE_S)
         await wait_for(replies)
         problem = replies[0].json
         if accepted:
@@ -769,24 +795,24 @@ def stop_beside(api: Api, owner: Owner, patch: pytest.MonkeyPatch) -> None:
     api.service.shutdown.enter(Phase.DRAINING)
 
 
-async def let_hang(api: Api, owner: Owner) -> None:
+async def let_hang(api: Api, owner: Owner, clock: MockClock) -> None:
     """Make a call that waits for its turn, to an owner that answers neither the call nor a connection for beats."""
     async with trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "x"}))
         await owner.take()
-        _, purpose = await owner.take_connection()
-        assert purpose == "beats"
+        await beats_begin(owner, clock)
+        clock.jump(owner_beats.SILENCE_S)
         await wait_for(replies)
         assert "may have done" in replies[0].problem(503, "store_unavailable")["detail"]
 
 
 async def test_a_process_that_stops_hands_nothing_over_to_one_that_hangs(
-    quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
 ) -> None:
     async with open_owner(tmp_path) as (api, owner):
         stop_beside(api, owner, monkeypatch)
-        await let_hang(api, owner)
+        await let_hang(api, owner, mock_clock)
         reply = await api.call("POST", "/sessions/s/turns", {"input": "x"})
         assert reply.problem(503, "shutting_down")["retry_after_s"] == 1, "nothing was begun"
         assert api.service.sessions.proxied_requests.is_idle
@@ -795,7 +821,7 @@ async def test_a_process_that_stops_hands_nothing_over_to_one_that_hangs(
 @pytest.mark.parametrize("stops", [False, True])
 @both_ways
 async def test_a_call_that_connects_to_an_owner_as_it_falls_silent_does_not_wait_for_it(
-    stops: bool, quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stops: bool, quick_beats: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
 ) -> None:
     connecting, silent = trio.Event(), trio.Event()
 
@@ -814,7 +840,7 @@ async def test_a_call_that_connects_to_an_owner_as_it_falls_silent_does_not_wait
             patch.setattr(PeerTransport, "connect", connect_slowly)
             nursery.start_soon(lambda: ask(api, replies, "POST", "/sessions/s/turns", {"input": "y"}))
             await connecting.wait()
-        await let_hang(api, owner)
+        await let_hang(api, owner, mock_clock)
         silent.set()
         await wait_for(replies)
         problem = replies[0].problem(503, "store_unavailable")
@@ -971,7 +997,8 @@ async def test_an_owner_of_another_user_gets_no_request(tmp_path: Path, monkeypa
         accepted.close()
 
 
-async def test_an_owner_whose_backlog_is_full_is_asked_again(tmp_path: Path) -> None:
+async def test_an_owner_whose_backlog_is_full_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_transport, "CONNECT_TIMEOUT_S", CAP_S)
     async with open_owner(tmp_path, backlog=0) as (api, owner), trio.open_nursery() as nursery:
         waiting = socket.socket(socket.AF_UNIX)
         waiting.connect(owner.listener.getsockname())
@@ -1012,7 +1039,9 @@ async def test_a_client_that_leaves_has_left_at_the_owner_too(tmp_path: Path) ->
 
 
 @both_ways
-async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_path: Path) -> None:
+async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     """The process closes its sending side and waits, so the owner does not take it for a client that has left."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
@@ -1020,6 +1049,7 @@ async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_
         await stream.send_all(HEAD + chunk(frame(1)))
         assert await client.receive() == frame(1).encode()
         api.service.sessions.drain.interrupt_all()
+        await pass_time(mock_clock, api.service.settings.cleanup_timeout_s + 1)
         assert await client.receive() == b"", "the end of the body"
         assert await stream.receive_some() == b""
         assert returns(stream)
@@ -1032,7 +1062,9 @@ async def test_a_process_that_stops_half_closes_its_connection_to_the_owner(tmp_
 
 
 @both_ways
-async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(tmp_path: Path) -> None:
+async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     """Both processes stop, and the owner's disk hangs: the owner publishes its ends when its time is nearly over."""
     async with open_owner(tmp_path) as (api, owner), api.open("GET", EVENTS, headers=SSE) as client:
         await client.send_complete()
@@ -1040,7 +1072,7 @@ async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(
         await stream.send_all(HEAD + chunk(frame(1)))
         assert await client.receive() == frame(1).encode()
         api.service.sessions.drain.interrupt_all()
-        await trio.sleep(0.8 * api.service.settings.cleanup_timeout_s)
+        await pass_time(mock_clock, api.service.settings.cleanup_timeout_s)
         await stream.send_all(chunk(frame(2)) + b"0\r\n\r\n")
         assert await client.receive() == frame(2).encode()
         assert await client.receive() == b"", "the end of the body"
@@ -1048,7 +1080,9 @@ async def test_an_end_that_the_owner_publishes_at_the_last_moment_still_arrives(
 
 
 @both_ways
-async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(tmp_path: Path) -> None:
+async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     async with open_owner(tmp_path) as (api, owner):
         client = api.open("GET", EVENTS, headers=SSE, scope={PEER: lambda: True})
         async with client:
@@ -1062,13 +1096,15 @@ async def test_a_request_that_came_from_a_process_that_stops_is_cut_as_its_own(t
             await stream.aclose()
 
 
-async def test_a_look_that_waits_is_passed_on_with_the_time_that_it_may_take(tmp_path: Path) -> None:
+async def test_a_look_that_waits_is_passed_on_with_the_time_that_it_may_take(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     async with open_owner(tmp_path, store_timeout_s=0.2) as (api, owner), trio.open_nursery() as nursery:
         replies: list[Reply] = []
         nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}?wait=1"))
         stream, request = await owner.take()
         assert request.startswith(f"GET /sessions/s/turns/{TURN}?wait=1 ".encode())
-        await trio.sleep(0.5)
+        await pass_time(mock_clock, 0.5)
         await stream.send_all(answer("{}"))
         await wait_for(replies)
         assert replies[0].status == 200
@@ -1174,8 +1210,19 @@ async def test_messages_are_added_and_deleted_by_the_owner_of_the_open_turn(tmp_
 
 
 async def wait_for(replies: list[Reply], count: int = 1) -> None:
-    while len(replies) < count:  # noqa: ASYNC110
-        await trio.sleep(0.005)
+    await until(lambda: len(replies) >= count)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a change, also while the clock of the test stands still."""
+    while not condition():
+        await trio.to_thread.run_sync(time.sleep, 0.005)
+
+
+async def pass_time(clock: MockClock, seconds: float) -> None:
+    """Let time pass on a clock that stands still otherwise: until all that was due has been done."""
+    clock.jump(seconds)
+    await wait_all_tasks_blocked()
 
 
 WRONG = b"HTTP/1.1 421 \r\nlastcall-instance: another\r\ncontent-length: 0\r\n\r\n"
@@ -1195,6 +1242,7 @@ async def test_where_another_process_has_the_address_of_the_owner_the_owner_is_l
         assert f"\r\nlastcall-instance: {PeerAddress.parse(owner.address).instance}\r\n" in head
         assert f"\r\nlastcall-fence: {owner.store.fence}\r\n" in head
         if not accepts:
+            owner.may_take_long_to_die()
             await owner.store.aclose()  # the owner has gone, and its row with it
         await stream.send_all(WRONG)
         if accepts:  # its row is still there
@@ -1246,10 +1294,8 @@ async def test_a_replica_that_cannot_be_trusted_gets_no_request(signed_by: str |
 @pytest.mark.parametrize("way", ["tls"], indirect=True)
 @pytest.mark.parametrize("ends", ["the owner is silent", "this process stops", "the process in front has died"])
 async def test_no_answer_of_a_stranger_at_an_owners_address_harms_this_process(
-    ends: str, request: pytest.FixtureRequest, tmp_path: Path
+    ends: str, quick_beats: None, tmp_path: Path, mock_clock: MockClock
 ) -> None:
-    if ends == "the owner is silent":
-        request.getfixturevalue("quick_beats")
     scope: dict[str, Any] = {PEER: lambda: True} if ends == "the process in front has died" else {}
     async with open_owner(tmp_path) as (api, owner), trio.open_nursery() as nursery:
         client = api.open("GET", EVENTS, headers=SSE, scope=scope)
@@ -1257,11 +1303,14 @@ async def test_no_answer_of_a_stranger_at_an_owners_address_harms_this_process(
             await client.send_complete()
             accepted, _ = await owner.listener.accept()
             async with trio.SocketStream(accepted) as stranger:
-                if ends == "this process stops":
-                    await stranger.receive_some()
+                await stranger.receive_some()
+                if ends == "the owner is silent":
+                    await pass_time(mock_clock, owner_beats.START_AFTER_S)
+                    await pass_time(mock_clock, owner_beats.SILENCE_S)
+                elif ends == "this process stops":
                     api.service.sessions.drain.interrupt_all()
-                elif scope:
-                    await stranger.receive_some()
+                    await pass_time(mock_clock, api.service.settings.cleanup_timeout_s + 1)
+                else:
                     await leave(client)
                 with suppress(trio.BrokenResourceError):
                     while await stranger.receive_some():
@@ -1272,8 +1321,7 @@ async def test_no_answer_of_a_stranger_at_an_owners_address_harms_this_process(
         if ends == "the owner is silent":
             beating, _ = await owner.take_connection()
             await beating.send_all(b".")
-            while api.service.sessions.proxied_requests.beats.hangs(owner.address):  # noqa: ASYNC110
-                await trio.sleep(0.005)
+            await until(lambda: not api.service.sessions.proxied_requests.beats.hangs(owner.address))
         if ends != "this process stops":
             replies: list[Reply] = []
             nursery.start_soon(lambda: ask(api, replies, "GET", f"/sessions/s/turns/{TURN}"))
