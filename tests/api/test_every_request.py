@@ -99,7 +99,7 @@ async def test_a_body_over_its_bound_is_refused_before_it_is_read() -> None:
         announced = {"Content-Length": "10000000"} | JSON
         connection = api.open("POST", "/sessions", headers=announced)
         async with connection:
-            with trio.fail_after(5):
+            with trio.fail_after(CAP_S):
                 await connection.receive()
         assert connection.status_code == 413
 
@@ -108,7 +108,7 @@ async def test_a_body_without_a_length_is_refused_at_the_bound() -> None:
     async with open_api(input_bytes_max=1024) as api:
         connection = api.open("POST", "/sessions", headers=JSON)
         async with connection:
-            with trio.fail_after(5):
+            with trio.fail_after(CAP_S):
                 for _ in range(10):
                     await connection.send(b" " * 32 * 1024)
                 await connection.receive()

@@ -71,7 +71,7 @@ async def test_a_refusing_store_is_logged_with_its_words(
 
 async def test_a_full_disk_is_in_the_log_with_the_path_of_the_database(tmp_path: Path) -> None:
     path = tmp_path / "lastcall.db"
-    with kept_log("json") as read, trio.fail_after(20):
+    with kept_log("json") as read, trio.fail_after(60):
         async with open_api(store_url=f"sqlite:{path}") as api:
             await cast("Any", api.service.store)._writing.call(lambda db: db.pragma("max_page_count", 1))
             body = {"system_message": "x" * 200_000}

@@ -9,7 +9,7 @@ import trio
 from service.settings import Settings
 from tests.service.serving import Serving, read_to_end, serving
 
-CAP_S = 10
+CAP_S = 60
 SLOW = "scripted:?tokens=1000&rate=50&first_token_s=0"
 FAST = "scripted:?tokens=200&rate=0&first_token_s=0"
 

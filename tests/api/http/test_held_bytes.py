@@ -226,7 +226,7 @@ async def test_a_problem_with_the_text_of_a_turn_counts_and_is_refused_without_r
 async def test_a_body_counts_no_longer_than_it_is_kept(tmp_path: Path, store: str) -> None:
     """With a shared store the raw body is kept until it is known that this process answers."""
     url = f"sqlite:{tmp_path}/a.db" if store == "sqlite" else store
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_small(store_url=url, model_url="scripted:?tokens=5&rate=10") as api:
             session_id = await api.new_session()
             raw = b'{"input": "' + b"x" * 60_000 + b'"}'

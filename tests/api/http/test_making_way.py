@@ -101,10 +101,10 @@ async def test_without_a_process_that_serves_on_nothing_is_waited_for_or_cancell
 
 @pytest.mark.parametrize("scope", [{}, {PEER: lambda: False}], ids=["from a client", "handed over by a peer"])
 async def test_a_request_that_another_process_is_to_check_first_cancels_nothing_here(
-    autojump_clock: MockClock, scope: dict[str, Any]
+    autojump_clock: MockClock, scope: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_stopping() as (api, path):
-        api.app.extensions[SUCCESSORS] = lambda: ["/nowhere"]
+        monkeypatch.setitem(api.app.extensions, SUCCESSORS, lambda: ["/nowhere"])
         headers = {"lastcall-handed-over": "1"} if scope else {}
         body = {"input": "y", "on_conflict": "supersede", "model": "unknown"}
         (await api.call("POST", "/sessions/s/turns", body, headers=headers, scope=scope)).problem(503, "shutting_down")
@@ -145,7 +145,7 @@ async def test_a_queued_turn_that_is_handed_over_may_wait_for_as_long_as_the_dra
     monkeypatch.setattr(proxy, "PeerConnection", SilentPeer)
     async with open_stopping(drain_timeout_s=120) as (api, _):
         monkeypatch.setattr(type(api.service.store), "peer_secret", b"x", raising=False)
-        api.app.extensions[SUCCESSORS] = lambda: ["@new"]
+        monkeypatch.setitem(api.app.extensions, SUCCESSORS, lambda: ["@new"])
         began = trio.current_time()
         body = {"input": "y", "on_conflict": "queue", "background": not streams}
         headers = {"Accept": "text/event-stream"} if streams else {}

@@ -4,6 +4,7 @@ fetch-event-source and event-source-plus repeat their whole request after a cut,
 has ended. `just clients` runs both.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -168,11 +169,11 @@ async def test_a_session_without_turns_is_409_and_one_that_is_not_there_404_and_
 async def test_a_session_that_was_deleted_or_has_expired_is_404(autojump_clock: MockClock) -> None:
     async with open_api() as api:
         for session_id in ("deleted", "expired"):
-            await api.new_session(id=session_id, idle_timeout_s=1)
+            await api.new_session(id=session_id, idle_timeout_s=3600)
             await api.call("POST", "/chat", {"session_id": session_id, "message": "Hi"})
         assert (await api.call("DELETE", "/sessions/deleted")).status == 204
         clock = api.service.sessions._clock
-        api.service.sessions._clock = lambda: clock().replace(year=clock().year + 1)
+        api.service.sessions._clock = lambda: clock() + timedelta(days=1)
         for session_id in ("deleted", "expired"):
             again = await come_back(api, 1, session_id=session_id, message="Hi")
             again.problem(404, "session_not_found")
