@@ -207,7 +207,7 @@ def _lines_of(file: Path) -> Iterator[Line]:
     except FileNotFoundError:
         return
     for text in data.split(b"\n"):
-        with suppress(msgspec.MsgspecError, RecursionError):
+        with suppress(ValueError, RecursionError):  # errors of msgspec are ValueErrors, and so is a byte of no UTF-8
             if text:
                 yield msgspec.json.decode(text, type=Line)
 
@@ -243,6 +243,7 @@ def _namespace() -> str:
 
 def _start_ticks(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[_START_FIELD]
+        stat_line = Path(f"/proc/{pid}/stat").read_bytes()  # the name of a program may be any bytes
+        return stat_line.rpartition(b")")[2].split()[_START_FIELD].decode()
     except (OSError, IndexError):
         return ""

@@ -70,8 +70,11 @@ class ShutdownReports:
             raise ReportsUnavailableError(_words(error)) from error
 
     async def measure_last(self, metrics: Metrics) -> None:
-        """Set the gauges about the stops before this start: no process lives to tell its own. None if a disk hangs."""
-        with suppress(ReportsUnavailableError):
+        """Set the gauges about the stops before this start: no process lives to tell its own. None if a disk hangs.
+
+        A task beside the service, which no fault of it ends.
+        """
+        try:
             for past in reversed(await self.read(limit=LAST_MAX)):
                 line = past.line
                 if line.at is None:
@@ -81,15 +84,21 @@ class ShutdownReports:
                 with suppress(msgspec.ValidationError):
                     report = msgspec.convert(line.report, _Timed)
                     metrics.set(families.LAST_STOP_TOOK, result, to=report.phases_ms.total / 1000)
+        except ReportsUnavailableError:
+            return  # whoever asks for the reports is told so
+        except Exception as error:  # noqa: BLE001  the edge of the task
+            logger.warning("the metrics do not tell the last stops", file=str(self._file), reason=repr(error))
 
     async def note_started(self) -> None:
-        """Write the line of this start, or warn that it is missing. It may still be written once a disk answers."""
+        """Write the line of this start, or warn that it is missing. It may still be written once a disk answers.
+
+        A task beside the service, which no fault of it ends.
+        """
         try:
             await self._in_thread(self.history.note_started)
-        except OSError as error:
-            logger.warning(
-                "this start is not noted for GET /admin/shutdowns", file=str(self._file), reason=_words(error)
-            )
+        except Exception as error:  # noqa: BLE001  the edge of the task
+            reason = _words(error) if isinstance(error, OSError) else repr(error)
+            logger.warning("this start is not noted for GET /admin/shutdowns", file=str(self._file), reason=reason)
 
     async def check(self) -> None:
         """Check that the file can be there.
@@ -105,7 +114,10 @@ class ShutdownReports:
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Raises: OSError: The disk refuses, or does not answer in time."""
         with move_on_after(self._timeout_s):
-            return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
+            try:
+                return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
+            except RuntimeError as error:  # there may be no more threads
+                raise OSError(errno.EAGAIN, str(error)) from error
         raise TimeoutError(errno.ETIMEDOUT, f"the disk has not answered within {self._timeout_s:g} s")
 
 

@@ -54,6 +54,11 @@ def test_a_start_without_a_stop_is_a_crash_once_its_process_is_gone(tmp_path: Pa
     assert [(it.line.of, it.fate) for it in read_history(file, limit=50)] == [(crashed._run, "gone")]
 
 
+def test_a_process_whose_name_is_no_utf8_is_seen_to_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"7 (\xff) S " + b" ".join(b"%d" % n for n in range(1, 40)))
+    assert shutdown_history._start_ticks(7) == "19"
+
+
 FIRST = shutdown_history._FIRST_NAMESPACE
 HERE = {"boot": "this boot", "namespace": FIRST, "host": os.uname().nodename}
 
@@ -102,7 +107,7 @@ def test_a_torn_line_and_bytes_of_no_sense_spoil_no_other(tmp_path: Path) -> Non
     second = ShutdownHistory(file)
     stop(second)
     with file.open("ab") as opened:
-        opened.write(b"\xff\x00{}\n[1]\n" + whole[1:20])
+        opened.write(b"\xff\x00{}\n[1]\n" + whole.replace(b"SIGTERM", b"SIG\xffERM") + whole[1:20])
     assert [line.of.run for line in lines_of(file)] == [second._run.run, first._run.run]
 
 

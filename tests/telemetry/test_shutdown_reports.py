@@ -57,7 +57,9 @@ async def test_many_looks_at_a_disk_that_hangs_take_one_thread_and_none_of_the_o
     tmp_path: Path, hanging: Disk
 ) -> None:
     file = tmp_path / "shutdowns"
-    async with open_api(shutdowns_file=str(file), store_timeout_s=0.01) as api:
+    async with open_api(shutdowns_file=str(file)) as api:
+        assert api.service.shutdown_reports is not None
+        api.service.shutdown_reports._timeout_s = 0.01  # of the reports alone: the store may be slower
         others = trio.to_thread.current_default_thread_limiter()
         for _ in range(3):
             problem = (await api.call("GET", "/admin/shutdowns")).problem(503, "reports_unavailable")
@@ -68,7 +70,6 @@ async def test_many_looks_at_a_disk_that_hangs_take_one_thread_and_none_of_the_o
         assert hanging.threads == 1
         assert others.borrowed_tokens == 0
         with capture_logs() as logged, trio.fail_after(60):
-            assert api.service.shutdown_reports is not None
             await api.service.shutdown_reports.note_started()
             await api.service.shutdown_reports.measure_last(Metrics())  # says nothing, and returns
         assert [it["log_level"] for it in logged] == ["warning"]
@@ -156,6 +157,45 @@ async def test_a_start_that_cannot_be_noted_has_one_warning(tmp_path: Path) -> N
             "reason": "Is a directory",
         }
     ]
+
+
+async def test_no_fault_of_the_reports_ends_the_service_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both calls are tasks of the nursery that holds the service."""
+    file = tmp_path / "shutdowns"
+    reports = ShutdownReports(file, timeout_s=60)
+    reports.history.note_stopped({"reason": "SIGTERM"}, exit_code=0, bounds_ms={})
+    file.write_bytes(file.read_bytes().replace(b"SIGTERM", b"SIG\xffERM"))
+    with capture_logs() as logged:
+        await reports.measure_last(Metrics())
+    assert logged == [], "the line is passed over"
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("of no sense")
+
+    monkeypatch.setattr(shutdown_reports, "read_history", fail)
+    with capture_logs() as logged:
+        await reports.measure_last(Metrics())
+    assert [(it["log_level"], it["reason"]) for it in logged] == [("warning", "ValueError('of no sense')")]
+
+
+async def test_where_no_thread_can_be_started_the_reports_are_unavailable_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run_sync(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with open_api(shutdowns_file=str(tmp_path / "shutdowns")) as api:
+        monkeypatch.setattr("trio.to_thread.run_sync", run_sync)
+        (await api.call("GET", "/admin/shutdowns")).problem(503, "reports_unavailable")
+        reports = api.service.shutdown_reports
+        assert reports is not None
+        with capture_logs() as logged:
+            await reports.note_started()
+            await reports.measure_last(Metrics())
+        assert [it["reason"] for it in logged] == ["can't start new thread"]
+        monkeypatch.undo()
 
 
 async def test_a_start_is_refused_where_the_file_can_never_be(tmp_path: Path) -> None:
