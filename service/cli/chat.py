@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import trio
-from lastcall_client import Bounds, Client, LastcallError, Session, TurnStream
+from lastcall_client import Bounds, Client, LastcallError, OnWait, Session, TurnStream, Waiting
 
 from service.cli import exit_codes
 from service.cli.connection import ONE_ATTEMPT, explained, open_client
@@ -83,6 +83,7 @@ class _Relay:
         kind = JsonView if arguments.json else TerminalView if output.is_terminal else PlainView
         self._view: ReplyView = kind(output)
         self._stream: TurnStream | None = None
+        self._is_stopping = False
 
     async def run(self) -> int:
         """Send the message, and show the reply. Returns the exit code."""
@@ -97,7 +98,7 @@ class _Relay:
         await self._client.list_sessions(limit=1)  # where no server is, or no permission, the user is told at once
         self._client.bounds = Bounds(pause_max_s=3)
         session_id, model = self._arguments.session, self._arguments.model
-        self._stream = await _sent(self._client, message, session_id=session_id, model=model, view=self._view)
+        self._stream = await _sent(self._client, message, session_id=session_id, model=model, on_wait=self._wait)
         failed: LastcallError | None = None
         try:
             await _show_all(self._stream, self._view)
@@ -117,12 +118,17 @@ class _Relay:
         stream = self._stream
         if stream is None or stream.end is not None:
             return
+        self._is_stopping = True
         with trio.move_on_after(_LEAVE_S):
             with suppress(OutputClosedError):
                 await self._view.cut_off()
-            if stream.turn_id is not None:
-                with suppress(LastcallError):
-                    await stream.cancel()
+            with suppress(LastcallError):
+                await _cancel(stream)
+
+    def _wait(self, waiting: Waiting) -> None:
+        if self._is_stopping:
+            raise waiting.error
+        self._view.wait(waiting)
 
 
 async def _read_message() -> str | None:
@@ -144,11 +150,11 @@ async def _read_message() -> str | None:
 
 
 async def _sent(
-    client: Client, message: str, *, session_id: str | None, model: str | None, view: ReplyView
+    client: Client, message: str, *, session_id: str | None, model: str | None, on_wait: OnWait
 ) -> TurnStream:
     """A stream that sends this message, to this session or a new one."""
     if model is None:
-        return client.chat(message, session_id=session_id, on_interrupt="continue", on_wait=view.wait)
+        return client.chat(message, session_id=session_id, on_interrupt="continue", on_wait=on_wait)
     if session_id is None:
         session_id = (await client.create_session())["id"]
     else:
@@ -157,7 +163,7 @@ async def _sent(
         except LastcallError as error:
             if error.code != "session_exists":
                 raise
-    return client.stream(session_id, message, model=model, on_interrupt="continue", on_wait=view.wait)
+    return client.stream(session_id, message, model=model, on_interrupt="continue", on_wait=on_wait)
 
 
 async def _show_all(stream: TurnStream, view: ReplyView) -> None:
@@ -165,6 +171,21 @@ async def _show_all(stream: TurnStream, view: ReplyView) -> None:
         async for event in stream:
             counts = event.type == "turn.resumed" or event.is_end
             await view.show(event, stream.text if counts else "")
+
+
+async def _cancel(stream: TurnStream) -> None:
+    """End the turn of a stream that nobody reads, also one that no answer has named yet: it may have begun.
+
+    The message is then sent once more, with the same key, so that the answer names the turn that has begun.
+
+    Raises:
+        LastcallError: The turn may run.
+    """
+    async with stream:
+        if stream.turn_id is None:
+            await anext(stream, None)
+        if stream.turn_id is not None:
+            await stream.cancel()
 
 
 # A conversation
@@ -224,7 +245,15 @@ class _Conversation:
             self._prompt.editor.remember(asked)
             view = TerminalView(self._output)
             if not await self._shown(
-                partial(_sent, self._client, asked, session_id=self.session_id, model=self._model, view=view), view
+                partial(
+                    _sent,
+                    self._client,
+                    asked,
+                    session_id=self.session_id,
+                    model=self._model,
+                    on_wait=partial(self._wait, view),
+                ),
+                view,
             ):
                 return
 
@@ -263,7 +292,7 @@ class _Conversation:
                 self._stream = await open_stream()
                 await _show_all(self._stream, view)
             if self._reply_scope.cancelled_caught:
-                await self._say("stopped before the server had answered")
+                await self._say(await self._stop_unanswered())
         except LastcallError as error:
             code, line = explained(error, self._target)
             await self._say(line)
@@ -276,6 +305,19 @@ class _Conversation:
             self._stream = self._reply_scope = None
             self._is_stopping = False
         return True
+
+    async def _stop_unanswered(self) -> str:
+        """Cancel the turn of a message that the server has not answered. Returns what has become of it."""
+        with trio.move_on_after(_LEAVE_S), suppress(LastcallError):
+            if self._stream is not None:
+                await _cancel(self._stream)
+            return "stopped before the server had answered"
+        return "given up before the server has answered; if it has taken the message, the turn runs"
+
+    def _wait(self, view: TerminalView, waiting: Waiting) -> None:
+        if self._is_stopping:
+            raise waiting.error
+        view.wait(waiting)
 
     async def _say(self, line: str) -> None:
         await self._output.write("\r\x1b[K" + self._output.styled(harmless_line(line), "red") + "\n")

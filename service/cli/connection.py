@@ -35,6 +35,11 @@ def is_connect_refused(error: LastcallError) -> bool:
     return isinstance(error.__cause__, httpx.ConnectError)
 
 
+def is_of_a_proxy(error: LastcallError) -> bool:
+    """Whether a proxy has answered, because no server did."""
+    return error.code == "unknown" and error.status in (502, 503, 504)
+
+
 def explained(error: LastcallError, target: Target) -> tuple[int, str]:
     """The exit code of a refusal, and one line that says what the user can do."""
     server = target.shown
@@ -42,6 +47,8 @@ def explained(error: LastcallError, target: Target) -> tuple[int, str]:
         why = str(error).removeprefix("The server cannot be reached: ")
         line = f"no server answers at {server} ({why}): lastcall serve starts one, --url names another"
         return exit_codes.UNREACHABLE, line
+    if is_of_a_proxy(error):
+        return exit_codes.UNREACHABLE, f"no server answers at {server}: the proxy before it says {error.status}"
     if error.code in ("timeout", "cut"):
         return exit_codes.UNREACHABLE, f"the server at {server} does not answer"
     if error.status == 401:

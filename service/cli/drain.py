@@ -7,7 +7,7 @@ import trio
 from lastcall_client import Client, LastcallError
 
 from service.cli import exit_codes
-from service.cli.connection import ONE_ATTEMPT, is_connect_refused, open_client
+from service.cli.connection import ONE_ATTEMPT, is_connect_refused, is_of_a_proxy, open_client
 from service.cli.reply_views import json_line
 from service.cli.terminal.output import Output, complain
 from service.client_settings import Target
@@ -68,7 +68,7 @@ async def _wait_gone(client: Client, before: frozenset[tuple[int, str]]) -> bool
             unanswered = 0
         except LastcallError as error:
             # One connection that is cut is no sign of it: one of several workers has ended, say.
-            unanswered = unanswered + 1 if error.status is None else 0
+            unanswered = unanswered + 1 if error.status is None or is_of_a_proxy(error) else 0
             if is_connect_refused(error) or unanswered == _UNANSWERED_MAX:
                 return False
         await trio.sleep(_LOOK_S)

@@ -5,6 +5,7 @@ leaves. A stream that was cut is asked for again. In a pipe the tree is drawn on
 """
 
 import argparse
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from service.cli.reply_views import json_line
 from service.cli.terminal.cells import cut
 from service.cli.terminal.keys import Key, KeyDecoder
 from service.cli.terminal.output import Output, Style, harmless_line
-from service.cli.terminal.raw_mode import raw_mode, read_keys
+from service.cli.terminal.raw_mode import TerminalMode, raw_mode, read_keys, set_mode, set_raw
 from service.cli.tree_model import TreeModel
 from service.client_settings import Target
 
@@ -41,6 +42,7 @@ _STYLES: Mapping[str, tuple[Style, ...]] = {
     "scope": ("dim",),
     "nursery": ("dim",),
 }
+_SCREEN_TAKEN, _SCREEN_GIVEN_BACK = "\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[2J", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 _SERVING = "serving"
 _ENDS: Mapping[str, str] = {
     "shutdown": "the process has released all that it held",
@@ -54,7 +56,7 @@ async def run(arguments: argparse.Namespace, target: Target, output: Output) -> 
     """Run the command, and return the exit code."""
     async with open_client(target, BOUNDS) as client:
         params = {"nodes": str(NODES_MAX)} | ({"worker": str(arguments.worker)} if arguments.worker else {})
-        if output.is_terminal and not (arguments.once or arguments.json):
+        if os.isatty(0) and output.is_terminal and not (arguments.once or arguments.json):
             return await _LiveTree(arguments, target, output, client, params).run()
         tree = await client.request("GET", "/admin/tree", params=params)
         if arguments.json:
@@ -183,16 +185,17 @@ class _LiveTree:
         self._lines: list[str] = []
         self._trouble = ""
         self._top = 0
+        self._mode_before: TerminalMode | None = None
 
     async def run(self) -> int:
         """Draw until the user leaves. Returns the exit code. Raises: LastcallError, if the first stream is refused."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP, signal.SIGWINCH)
         with trio.open_signal_receiver(*numbers) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._take_signals, signals, nursery.cancel_scope)
                 nursery.start_soon(self._follow)
                 await self._has_changed.wait()
-                with raw_mode(0), self._own_screen():
+                with raw_mode(0) as self._mode_before, self._own_screen():
                     async with trio.open_nursery() as drawing:
                         drawing.start_soon(self._take_keys, nursery.cancel_scope)
                         drawing.start_soon(self._redraw)
@@ -251,15 +254,28 @@ class _LiveTree:
     @contextmanager
     def _own_screen(self) -> Iterator[None]:
         """Draw on the terminal's other screen, without its cursor and without breaking lines."""
-        self._output.write_now("\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[2J")
+        self._output.write_now(_SCREEN_TAKEN)
         try:
             yield
         finally:
-            self._output.write_now("\x1b[?7h\x1b[?25h\x1b[?1049l")
+            self._output.write_now(_SCREEN_GIVEN_BACK)
+
+    def _suspend(self) -> None:
+        """Stop, as a shell wants it at Ctrl+Z. The terminal is as it was before until the shell lets this go on."""
+        before = self._mode_before
+        if before is not None:
+            self._output.write_now(_SCREEN_GIVEN_BACK)
+            set_mode(0, before)
+        os.kill(os.getpid(), signal.SIGSTOP)  # and on from here after SIGCONT
+        if before is not None:
+            set_raw(0, signals=True)
+            self._output.write_now(_SCREEN_TAKEN)
 
     async def _take_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         async for number in signals:
-            if number == signal.SIGWINCH:
+            if number == signal.SIGTSTP:
+                self._suspend()
+            if number in (signal.SIGTSTP, signal.SIGWINCH):
                 if self._lines:
                     await self._draw()
                 continue

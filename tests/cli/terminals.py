@@ -35,7 +35,7 @@ _TOKEN = re.compile(
 )
 _CONTROLLED = """
 import fcntl, os, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 """A terminal turns Ctrl+C into a signal for the session that it controls."""
@@ -167,6 +167,10 @@ class Terminal:
                 pass
             return await self.process.wait()
 
+    def is_echoing(self) -> bool:
+        """Whether the terminal shows what is typed."""
+        return bool(termios.tcgetattr(self._fd)[3] & termios.ECHO)
+
     def resize(self, columns: int, rows: int) -> None:
         """Change the size, of which the program is told by SIGWINCH."""
         set_size(self._fd, columns, rows)
@@ -189,16 +193,26 @@ class Terminal:
 
 @asynccontextmanager
 async def open_terminal(
-    *arguments: str, folder: Path, columns: int = 80, rows: int = 24, **environ: str
+    *arguments: str, folder: Path, columns: int = 80, rows: int = 24, has_keys: bool = True, **environ: str
 ) -> AsyncIterator[Terminal]:
-    """Run ``lastcall`` with these arguments on a terminal; it is killed on leaving."""
+    """Run ``lastcall`` with these arguments on a terminal; it is killed on leaving.
+
+    Args:
+        has_keys: The terminal is the program's standard input, too.
+    """
     master, slave = pty.openpty()
     set_size(master, columns, rows)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LASTCALL_", "NO_COLOR"))}
     env = kept | {"TERM": "xterm-256color", "LASTCALL_API_KEY": KEY, "PYTHONIOENCODING": "utf-8"} | environ
     command = [sys.executable, "-S", "-c", _CONTROLLED, "-m", "service", *arguments]
     process = await trio.lowlevel.open_process(
-        command, stdin=slave, stdout=slave, stderr=slave, cwd=folder, env=env, start_new_session=True
+        command,
+        stdin=slave if has_keys else subprocess.DEVNULL,
+        stdout=slave,
+        stderr=slave,
+        cwd=folder,
+        env=env,
+        start_new_session=True,
     )
     os.close(slave)
     terminal = Terminal(process, master, Screen(columns, rows))

@@ -335,6 +335,82 @@ async def test_a_second_ctrl_c_leaves_although_the_turn_has_not_ended(tmp_path: 
         nursery.cancel_scope.cancel()
 
 
+class _LateServer:
+    """A server that takes a message and does not answer it, but the same message once it is sent again."""
+
+    def __init__(self) -> None:
+        self.taken = trio.Event()
+        self.keys: list[bytes] = []
+        self.cancelled: list[bytes] = []
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        received = b""
+        async with stream:
+            while b"\r\n\r\n" not in received:
+                received += await stream.receive_some(65536)
+            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
+            if received.startswith(b"GET /sessions"):
+                await stream.send_all(head + b'application/json\r\n\r\n{"data": [], "next": null}')
+            elif received.startswith(b"POST /chat"):
+                self.keys += re.findall(rb"(?i)\nidempotency-key: (.*)\r", received)
+                if len(self.keys) == 1:
+                    self.taken.set()
+                    await trio.sleep_forever()
+                location = f"Location: /sessions/s/turns/turn_{7:032d}\r\n\r\n"
+                await stream.send_all(head + b"text/event-stream\r\n" + location.encode())
+                await stream.send_all(b'data: {"type": "turn.started", "seq": 1}\n\n')
+                await trio.sleep_forever()
+            else:
+                self.cancelled.append(received.split()[1])
+                await stream.send_all(head + b'application/json\r\n\r\n{"state": "cancelled"}')
+
+
+@pytest.mark.parametrize("is_conversation", [False, True], ids=["one message", "a conversation"])
+async def test_a_turn_that_no_answer_has_named_is_cancelled_too(tmp_path: Path, is_conversation: bool) -> None:
+    late = _LateServer()
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, late.serve, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        if is_conversation:
+            async with open_terminal("chat", "--url", url, folder=tmp_path) as terminal:
+                await terminal.shows(is_asking)
+                await terminal.type("Hi\r")
+                await late.taken.wait()
+                await terminal.type("\x03")
+                shown = await terminal.shows(lambda shown: "stopped before" in shown and is_asking(shown))
+                assert "\nstopped before the server had answered\n" in shown
+                await terminal.type("\x04")
+                assert await terminal.ends() == 0
+            assert terminal.screen.text().endswith("lastcall chat --session s goes on with this conversation")
+        else:
+            async with program("-m", "service", "chat", "Hi", "--url", url, folder=tmp_path) as (piped, _):
+                await late.taken.wait()
+                piped.send_signal(signal.SIGINT)
+                assert await piped.wait() == 130
+        nursery.cancel_scope.cancel()
+    assert late.cancelled == [b"/sessions/s/turns/turn_%032d/cancel" % 7]
+    assert len(late.keys) == 2
+    assert len(set(late.keys)) == 1
+
+
+async def test_a_message_that_no_server_takes_is_given_up_at_once(tmp_path: Path) -> None:
+    late = _LateServer()
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, late.serve, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        async with open_terminal("chat", "--url", url, folder=tmp_path) as terminal:
+            await terminal.shows(is_asking)
+            await terminal.type("Hi\r")
+            await late.taken.wait()
+            nursery.cancel_scope.cancel()
+            await terminal.shows("connection lost: ")
+            await terminal.type("\x03")
+            await terminal.shows("given up before the server has answered; if it has taken the message, the turn runs")
+            await terminal.shows(is_asking)
+            await terminal.type("\x04")
+            assert await terminal.ends() == 0
+
+
 async def test_a_terminal_that_is_closed_leaves_the_turn_running(server: Served, tmp_path: Path) -> None:
     arguments = ["chat", "--url", server.url, "--session", "left-alone", "--model", "endless"]
     async with open_terminal(*arguments, folder=tmp_path) as terminal:
@@ -346,6 +422,23 @@ async def test_a_terminal_that_is_closed_leaves_the_turn_running(server: Served,
     turn = running_turn(server, "left-alone")
     assert turn is not None
     server.post(f"/sessions/left-alone/turns/{turn}/cancel", {})
+
+
+async def test_a_proxy_without_its_server_is_told(tmp_path: Path) -> None:
+    async def say_that_it_is_away(stream: trio.SocketStream) -> None:
+        async with stream:
+            received = b""
+            while b"\r\n\r\n" not in received:
+                received += await stream.receive_some(65536)
+            await stream.send_all(b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<h1>502</h1>")
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, say_that_it_is_away, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        async with program("-m", "service", "sessions", "--url", url, folder=tmp_path) as (piped, output):
+            await output.until(f"lastcall: no server answers at {url}: the proxy before it says 502\n")
+            assert await piped.wait() == 69
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_answers_and_is_no_lastcall_server_is_told(tmp_path: Path) -> None:
@@ -509,6 +602,34 @@ async def test_a_live_tree_shows_sessions_and_turns_and_a_cancelled_turn_leaves_
     assert "1049" not in terminal.screen.modes
 
 
+async def test_ctrl_z_gives_the_terminal_back_until_the_tree_goes_on(server: Served, tmp_path: Path) -> None:
+    command = ["tree", "--url", server.url]
+    async with open_terminal(*command, folder=tmp_path, columns=150, LASTCALL_API_KEY=ADMIN_KEY) as terminal:
+        await terminal.shows("q leaves")
+        for _ in range(2):
+            assert "1049" in terminal.screen.modes
+            await terminal.type("\x1a")
+            wait_stopped = partial(os.waitid, os.P_PID, terminal.process.pid, os.WSTOPPED)
+            assert await trio.to_thread.run_sync(wait_stopped) is not None
+            await terminal.shows(lambda _: "1049" not in terminal.screen.modes)
+            assert terminal.screen.modes >= {"7", "25"}
+            assert terminal.is_echoing()
+            terminal.process.send_signal(signal.SIGCONT)
+            await terminal.shows(lambda shown: "1049" in terminal.screen.modes and "q leaves" in shown)
+        assert not terminal.is_echoing()
+        await terminal.type("q")
+        assert await terminal.ends() == 0
+
+
+async def test_a_tree_that_no_keys_reach_is_drawn_once(server: Served, tmp_path: Path) -> None:
+    command = ["tree", "--url", server.url]
+    async with open_terminal(*command, folder=tmp_path, has_keys=False, LASTCALL_API_KEY=ADMIN_KEY) as terminal:
+        assert await terminal.ends() == 0
+    assert terminal.screen.text().startswith("worker ")
+    assert "1049" not in terminal.screen.modes
+    assert "Traceback" not in terminal.raw
+
+
 def test_a_tree_in_a_pipe_is_drawn_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -586,9 +707,10 @@ async def test_a_drain_waits_until_all_workers_and_their_master_are_gone(
 
 
 class _DrainedServer:
-    """A server that drains, and cuts each connection that asks for its workers then."""
+    """A server that drains, and cuts each connection that asks for its workers, or whose proxy then says 502."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_proxy: bool) -> None:
+        self._has_proxy = has_proxy
         self.has_cut_two = trio.Event()
         self.cut: int | None = None
 
@@ -609,14 +731,17 @@ class _DrainedServer:
                 self.cut += 1
                 if self.cut == 2:
                     self.has_cut_two.set()
+                if self._has_proxy:
+                    await stream.send_all(b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<h1>502</h1>")
                 return
             head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n"
             await stream.send_all(head + json.dumps(answer).encode())
 
 
-@pytest.mark.parametrize("is_refused", [True, False], ids=["refused", "tunnel"])
-async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tmp_path: Path, is_refused: bool) -> None:
-    drained = _DrainedServer()
+@pytest.mark.parametrize("gone", ["refused", "tunnel", "proxy"])
+async def test_a_drain_that_is_waited_for_takes_no_cut_connection_for_its_end(tmp_path: Path, gone: str) -> None:
+    is_refused = gone == "refused"
+    drained = _DrainedServer(has_proxy=gone == "proxy")
     [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
     url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
     async with program("-m", "service", "drain", "--wait", "--url", url, folder=tmp_path) as (drain, output):

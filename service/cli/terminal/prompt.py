@@ -2,14 +2,13 @@
 
 import os
 import signal
-import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from service.cli.terminal.keys import PASTES_OFF, PASTES_ON, Key, KeyDecoder
 from service.cli.terminal.line_editor import LineEditor, Outcome
 from service.cli.terminal.output import Output
-from service.cli.terminal.raw_mode import raw_mode, read_keys, set_raw
+from service.cli.terminal.raw_mode import TerminalMode, raw_mode, read_keys, set_mode, set_raw
 
 
 class Prompt:
@@ -26,7 +25,7 @@ class Prompt:
         self._fd = fd
         self._row: int | None = None
         self._decoder = KeyDecoder(output.encoding)
-        self._before: list[int | list[bytes | int]] = []
+        self._before: TerminalMode = []
         self._pending: list[Key | str] = []
 
     @contextmanager
@@ -107,6 +106,6 @@ class Prompt:
     def _suspend(self) -> None:
         """Stop the process, with those that the shell has started for the same command."""
         self._output.write_now(PASTES_OFF + "\r\n")
-        termios.tcsetattr(self._fd, termios.TCSANOW, self._before)
+        set_mode(self._fd, self._before)
         os.killpg(0, signal.SIGTSTP)  # and on from here after SIGCONT, whose handler draws the message again
         self._row = 0

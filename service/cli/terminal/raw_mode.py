@@ -12,6 +12,16 @@ _INPUT, _LOCAL = 0, 3
 _READ_BYTES = 65536
 
 
+TerminalMode = list[int | list[bytes | int]]
+"""A mode of a terminal, as ``tcgetattr`` returns it."""
+
+
+def set_mode(fd: int, mode: TerminalMode) -> None:
+    """Put a terminal into this mode."""
+    with suppress(termios.error):  # the terminal has gone
+        termios.tcsetattr(fd, termios.TCSANOW, mode)
+
+
 def set_raw(fd: int, *, signals: bool) -> None:
     """Have keys sent as they are pressed, without an echo.
 
@@ -27,15 +37,14 @@ def set_raw(fd: int, *, signals: bool) -> None:
 
 
 @contextmanager
-def raw_mode(fd: int) -> Iterator[list[int | list[bytes | int]]]:
+def raw_mode(fd: int) -> Iterator[TerminalMode]:
     """Take the terminal over, with its signals, and give it back as it was: the mode that it had is yielded."""
     before = termios.tcgetattr(fd)
     try:
         set_raw(fd, signals=True)
         yield before
     finally:
-        with suppress(termios.error):  # the terminal has gone
-            termios.tcsetattr(fd, termios.TCSANOW, before)
+        set_mode(fd, before)
 
 
 async def read_keys(fd: int) -> bytes:
