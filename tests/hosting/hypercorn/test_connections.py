@@ -21,7 +21,7 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 
 from service.hosting.hypercorn.asgi_request import AsgiRequest
-from service.hosting.hypercorn.connections import LAST_FRAMES_S, Connections
+from service.hosting.hypercorn.connections import Connections
 from service.stop_state import Phase
 from tests.hosting.conftest import BRIEF_S, PATIENT_S, Serve, Served
 
@@ -259,12 +259,15 @@ async def test_a_handshake_that_does_not_go_on_is_closed(
                 await server.gone.wait()
 
 
-async def is_gone_when_its_client_is(serve: Serve) -> bool:
-    async with serve(App(), keep_alive_timeout=5) as server:
-        with trio.fail_after(10):
+async def is_gone_when_its_client_is(serve: Serve, *, patience_s: float) -> bool:
+    async with serve(App(), keep_alive_timeout=60) as server:
+        with trio.fail_after(20):
             async with await server.connect():
-                await trio.sleep(0.1)
-            await trio.sleep(0.1)
+                while not connection_tasks():  # noqa: ASYNC110  hypercorn's tasks set no event
+                    await trio.sleep(0.01)
+            with trio.move_on_after(patience_s):
+                while connection_tasks():  # noqa: ASYNC110
+                    await trio.sleep(0.01)
             return not connection_tasks()
 
 
@@ -282,13 +285,13 @@ def all_tasks(task: Any) -> list[Any]:
 
 
 async def test_a_connection_that_its_client_closed_is_gone(serve: Serve, connections: Connections) -> None:
-    assert await is_gone_when_its_client_is(serve)
+    assert await is_gone_when_its_client_is(serve, patience_s=PATIENT_S)
 
 
 @pytest.mark.removal
 async def test_hypercorn_still_keeps_connections_that_their_clients_closed(serve: Serve) -> None:
     """This test fails once hypercorn drops such connections; then Connection._read_data is no longer needed."""
-    assert not await is_gone_when_its_client_is(serve)
+    assert not await is_gone_when_its_client_is(serve, patience_s=BRIEF_S)
 
 
 async def stops_though_a_client_has_sent_more(serve: Serve, more: bytes, *, patience_s: float) -> bool:
@@ -394,7 +397,7 @@ async def test_hypercorn_still_waits_for_an_http2_client_that_asks_nothing(serve
     assert not await closes_a_client_of_http2_that_asks_nothing(serve, patience_s=BRIEF_S)
 
 
-async def stops_though_a_client_of_http2_has_reset_its_stream(serve: Serve) -> bool:
+async def stops_though_a_client_of_http2_has_reset_its_stream(serve: Serve, *, patience_s: float) -> bool:
     client = h2.connection.H2Connection(h2.config.H2Configuration())
     client.initiate_connection()
     client.send_headers(
@@ -409,22 +412,22 @@ async def stops_though_a_client_of_http2_has_reset_its_stream(serve: Serve) -> b
                 await stream.send_all(client.data_to_send())
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 server.stop.set()
-                with trio.move_on_after(LAST_FRAMES_S / 2):
+                with trio.move_on_after(patience_s):
                     await server.gone.wait()
                 return server.gone.is_set()
 
 
-@pytest.mark.serial
 async def test_a_client_of_http2_that_has_reset_its_stream_does_not_hold_up_a_stop(
-    serve: Serve, connections: Connections
+    serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert await stops_though_a_client_of_http2_has_reset_its_stream(serve)
+    monkeypatch.setattr("service.hosting.hypercorn.connections.LAST_FRAMES_S", 60)
+    assert await stops_though_a_client_of_http2_has_reset_its_stream(serve, patience_s=PATIENT_S)
 
 
 @pytest.mark.removal
 async def test_hypercorn_still_waits_for_a_client_of_http2_that_has_reset_its_stream(serve: Serve) -> None:
     """This test fails once hypercorn drops such a stream; then the first half of Connection._tidy_up is not needed."""
-    assert not await stops_though_a_client_of_http2_has_reset_its_stream(serve)
+    assert not await stops_though_a_client_of_http2_has_reset_its_stream(serve, patience_s=BRIEF_S)
 
 
 async def is_answered_when_it_asks_as_the_listeners_close(serve: Serve) -> bool:
@@ -443,8 +446,10 @@ async def is_answered_when_it_asks_as_the_listeners_close(serve: Serve) -> bool:
 
 
 async def test_a_request_that_arrives_as_the_listeners_close_is_answered(
-    serve: Serve, connections: Connections
+    serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module in ("connections", "http1_connection"):
+        monkeypatch.setattr(f"service.hosting.hypercorn.{module}.FIRST_REQUEST_S", PATIENT_S)
     assert await is_answered_when_it_asks_as_the_listeners_close(serve)
 
 
