@@ -2,7 +2,8 @@
 
 It is a separate process, so the server and the harness share no interpreter with the code that judges them.
 ``python -m bench.load`` reads a :class:`~bench.plan.Plan` (one line of JSON) from its standard input, opens the plan's
-connections and prints ``ready`` once all are open; then it only watches. The next line, or the end of input, stops it:
+connections and prints ``ready`` once all are open; then it only watches. A line ``probes`` is answered with the number
+of probes that were answered so far. Any other line, or the end of input, stops it:
 connections that are still open are recorded as open, and its last output is one line of JSON, a
 :class:`~bench.plan.LoadResult`.
 """
@@ -16,7 +17,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from string import Template
 
@@ -43,6 +44,7 @@ from bench.wire import ResponseParser, StreamEnd, StreamJudge, StreamResult, Wir
 _OPENING_AT_ONCE_MAX = 64
 """Connections that are opened at once: below every server's backlog, because the scenarios measure the stop."""
 _PROBE_AGE_MIN_S = 0.1
+_STALLED_LOOKS_MAX = 10
 
 
 class _RefusedError(Exception):
@@ -166,6 +168,10 @@ class Load:
         self._probing: list[ProbeResult] = []
         self._stalled: list[tuple[socket.socket, StreamJudge]] = []
 
+    @property
+    def probes_answered(self) -> int:
+        return sum(probe.outcome == "answered" for probe in self.result.probes)
+
     async def run(self, *, on_ready: Callable[[], None], stop: trio.Event) -> None:
         """Open all connections, call ``on_ready``, and watch until ``stop``, which may come during the opening."""
         async with trio.open_nursery() as nursery:
@@ -269,16 +275,31 @@ class Load:
             stream.result.note = f"cancel: {error}"
 
     async def _wait_stalled(self, sock: socket.socket) -> None:
-        """Wait until the server cannot send any more: its send queue has not changed for 300 ms."""
-        before = -1
-        while (now := _peer_send_queue_bytes(sock)) != before or now <= 0:
-            before = now
+        """Wait until the server cannot send any more: its send queue has not changed for 300 ms.
+
+        In this time other streams went on, if there are some: otherwise the server or the model may have been held up.
+        """
+        unchanged = 0
+        while True:
+            queued, tokens = _peer_send_queue_bytes(sock), self._tokens
             await trio.sleep(0.3)
+            unchanged = unchanged + 1 if 0 < queued == _peer_send_queue_bytes(sock) else 0
+            if unchanged and (self._tokens > tokens or not self._go_on or unchanged == _STALLED_LOOKS_MAX):
+                return
+
+    @property
+    def _tokens(self) -> int:
+        """The tokens that all streams have received."""
+        return sum(stream.tokens for stream in self.result.streams)
+
+    @property
+    def _go_on(self) -> bool:
+        """Whether there is a stream that has begun and is not over."""
+        return any(stream.first_at is not None and stream.ended_at is None for stream in self.result.streams)
 
     async def _run_sampling(self) -> None:
         while True:
-            total = sum(stream.tokens for stream in self.result.streams)
-            self.result.tokens_by_second.append((time.monotonic(), total))
+            self.result.tokens_by_second.append((time.monotonic(), self._tokens))
             await trio.sleep(0.5)
 
     # Connections that are no streams
@@ -413,6 +434,7 @@ class Load:
         with sock:
             try:
                 await send_all(sock, client.encode(group.request))
+                result.sent_at = time.monotonic()
                 response, _ = await read_response(sock)
             except (OSError, WireError):
                 result.outcome = "reset"
@@ -481,18 +503,25 @@ async def run_command() -> None:
     buffer = b""
     while b"\n" not in buffer:
         buffer += await anext(lines)
-    plan, _, stop_line = buffer.partition(b"\n")  # a process that starts late finds both
+    plan, _, asked = buffer.partition(b"\n")  # a process that starts late finds more
     load = Load(msgspec.json.decode(plan, type=Plan))
     stop = trio.Event()
 
-    async def wait_for_stop() -> None:
-        if not stop_line:
-            with suppress(StopAsyncIteration):
-                await anext(lines)
-        stop.set()
+    async def answer_until_stop(asked: bytes) -> None:
+        while True:
+            while b"\n" not in asked:
+                if not (data := await anext(lines, b"")):
+                    stop.set()
+                    return
+                asked += data
+            line, _, asked = asked.partition(b"\n")
+            if line != b"probes":
+                stop.set()
+                return
+            print(load.probes_answered, flush=True)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait_for_stop)
+        nursery.start_soon(answer_until_stop, asked)
         await load.run(on_ready=lambda: print("ready", flush=True), stop=stop)
         nursery.cancel_scope.cancel()
     sys.stdout.buffer.write(msgspec.json.encode(load.result) + b"\n")

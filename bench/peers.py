@@ -8,7 +8,7 @@ import msgspec
 import trio
 
 from bench.plan import LoadResult, Plan
-from bench.server_process import ROOT, python_command
+from bench.server_process import KILLED_S, ROOT, python_command
 from bench.upstream import ReplyBook
 
 
@@ -48,7 +48,7 @@ async def _open_lines(module: str, cpus: str | None) -> AsyncIterator[_Lines]:
         yield lines
     finally:
         process.kill()
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + KILLED_S):
             await process.wait()
             await lines.stdin.aclose()
             await lines.stdout.aclose()
@@ -67,6 +67,18 @@ class LoadClient:
     async def wait_ready(self) -> None:
         """Return once every client of the plan is ready or has failed."""
         assert await self._lines.read_line() == b"ready"
+
+    async def wait_probes(self, count: int) -> None:
+        """Return once so many more probes have been answered."""
+        wanted = await self._probes_answered() + count
+        while await self._probes_answered() < wanted:  # noqa: ASYNC110  another process counts
+            await trio.sleep(0.02)
+
+    async def _probes_answered(self) -> int:
+        await self._lines.write_line(b"probes")
+        while (line := await self._lines.read_line()) == b"ready":
+            pass
+        return int(line)
 
     async def stop(self) -> LoadResult:
         """Stop the load client and return its result."""

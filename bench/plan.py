@@ -132,6 +132,7 @@ class ProbeResult(msgspec.Struct, kw_only=True):
 
     group: str
     at: float
+    sent_at: float | None = None  # the request
     outcome: Literal["answered", "incomplete", "closed", "reset", "refused", "silent"] = "silent"
     status: int | None = None
     retry_after: bool = False

@@ -18,6 +18,8 @@ import trio
 
 _PORT = re.compile(r"[Rr]unning on https?://[^:\s]+:(\d+)")
 _PR_SET_CHILD_SUBREAPER = 36
+KILLED_S = 30
+"""Bound of the wait for killed processes: a busy machine may let them wait for seconds."""
 ROOT = Path(__file__).resolve().parent.parent
 """The project's own directory."""
 
@@ -275,7 +277,7 @@ async def open_server(launch: Launch, *, log_path: Path, start_timeout_s: float 
                 os.killpg(server.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            with trio.move_on_after(5, shield=True):
+            with trio.move_on_after(KILLED_S, shield=True):
                 await server.wait_gone()
         if server.stderr_pipe is not None:
             server.stderr_pipe.close()

@@ -40,9 +40,12 @@ def command(host: str, *options: str, broken: str | None = None) -> list[str]:
 
 
 def launch(host: str, *options: str, broken: str | None = None, **settings: object) -> Launch:
-    """The launch of this host with these settings; the default is a store in memory and no drain."""
+    """The launch of this host with these settings.
+
+    The default is a store in memory, no drain, and bounds of a stop that no pause of the machine reaches.
+    """
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
-    env |= {"LASTCALL_STORE_URL": "memory:"}
+    env |= {"LASTCALL_STORE_URL": "memory:", "LASTCALL_CLEANUP_TIMEOUT_S": "10", "LASTCALL_RELEASE_TIMEOUT_S": "10"}
     env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
     return Launch(
         command(host, *options, broken=broken), env=env, workers=1 if host == SERVE else max(int(host[-1]), 1)

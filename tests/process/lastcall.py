@@ -12,14 +12,18 @@ import msgspec
 import trio
 
 from bench.peers import LoadClient, open_load_without_plan, open_upstream
-from bench.plan import Group, Http2Streams, Idle, LoadResult, Plan, Prober, Request, Streams, Unfinished
+from bench.plan import Group, Http2Streams, Idle, LoadResult, Plan, Prober, ProbeResult, Request, Streams, Unfinished
 from bench.server_process import Gone, Launch, ServerProcess, open_server, python_command
 from bench.wire import StreamEnd
+from service.hosting.hypercorn.http1_connection import FIRST_REQUEST_S
 
 APPLICATION = "service.asgi:app"
 SSE = {"Accept": "text/event-stream"}
-CAP_S = 15
+CAP_S = 30
 """Bound of every wait in these tests; not a promise of the server."""
+PATIENT = {"LASTCALL_CLEANUP_TIMEOUT_S": "10", "LASTCALL_RELEASE_TIMEOUT_S": "10"}
+START_S = 2 * CAP_S
+"""Bound of a start, with up to five processes that share the processors with other tests."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +62,17 @@ HOSTS = (SERVE, HYPERCORN_0, HYPERCORN_1, HYPERCORN_2, HYPERCORN_4, CONFIGURED_4
 async def open_lastcall(
     host: Host, folder: Path, *, argv: list[str] | None = None, stderr_pipe: bool = False, **settings: Any
 ) -> AsyncIterator[ServerProcess]:
-    """A running server with these settings (``drain_timeout_s=0``), within the cap."""
+    """A running server with these settings (``drain_timeout_s=0``), within the cap.
+
+    The bounds of its stop are such that no pause of the machine reaches them: tests of a bound set it.
+    """
     store_url = "memory:" if host.processes == 1 else f"sqlite:{folder}/lastcall.db"
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": store_url}
-    env |= {"LASTCALL_LOG_FORMAT": "json", "LASTCALL_MODEL": "bench"}
+    env |= {"LASTCALL_LOG_FORMAT": "json", "LASTCALL_MODEL": "bench", **PATIENT}
     env |= {name if name.isupper() else f"LASTCALL_{name.upper()}": str(value) for name, value in settings.items()}
     launch = Launch(argv or host.argv(), env=env, workers=host.processes, stderr_pipe=stderr_pipe)
     with trio.fail_after(4 * CAP_S):
-        async with open_server(launch, log_path=folder / "server.log") as server:
+        async with open_server(launch, log_path=folder / "server.log", start_timeout_s=START_S) as server:
             yield server
 
 
@@ -155,6 +162,16 @@ def rude() -> tuple[Streams | Idle | Unfinished, ...]:
 def prober(path: str = "/sessions", method: str = "POST") -> Prober:
     """New connections that ask for new work, or send a GET."""
     return Prober(name=path, request=Request(method=method, path=path, body="{}" if method == "POST" else ""))
+
+
+def outcome_of(probe: ProbeResult) -> str:
+    """The outcome of a probe; ``sent late`` if its connection may have been closed because the request came late.
+
+    A client that has connected when the listeners close has ``FIRST_REQUEST_S`` for its request. A load client that was
+    held up itself may have sent the request later.
+    """
+    is_late = probe.sent_at is None or probe.sent_at - probe.at > FIRST_REQUEST_S
+    return "sent late" if probe.outcome in ("closed", "reset") and is_late else probe.outcome
 
 
 def _session(name: str) -> Request:

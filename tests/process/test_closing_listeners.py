@@ -3,14 +3,19 @@
 import os
 import signal
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 
-from bench.plan import LoadResult, ProbeResult, Streams
-from tests.process.clients import owner_of
+from bench.plan import ProbeResult
+from bench.server_process import Gone, ServerFailedError, ServerProcess
+from tests.machine import Machine
+from tests.process.clients import new_session, open_client, owner_of
 from tests.process.lastcall import (
     CAP_S,
     CONFIGURED_4,
@@ -25,13 +30,21 @@ from tests.process.lastcall import (
     chat,
     ends,
     open_under_load,
+    outcome_of,
     prober,
+    reports,
     turn,
     wait_gone,
 )
 
-NOTICE_S = 0.05
-"""25 ms for the notice, and 25 ms for differences between the workers of one server."""
+WAIT_S = 60
+"""Bound of a lame duck or a drain, which the tests end when they have seen enough."""
+SECOND = 100
+"""So many probes of one prober are sent in a second."""
+PROBES_MIN = 10
+"""So many probes show what those of a second do: the notice may be late."""
+LEAVES_S = 0.5
+"""Time for a worker that knows of its stop to leave new clients to others."""
 SILENT_S = 0.1
 USUAL_TIMES = 3
 """An answer after the signal may take this multiple of the longest one before: a busy machine slows everything."""
@@ -45,101 +58,172 @@ def told(probes: list[ProbeResult], signalled: float) -> str:
     )
 
 
-def assert_none_was_left_standing(probes: list[ProbeResult], signalled: float) -> None:
+@dataclass(frozen=True)
+class WorkerStop:
+    """When a worker's stop went on, by the worker's own report, on the clock of the probes.
+
+    Attributes:
+        noticed_at: The worker knew of the stop: in a lame duck it is not ready, otherwise it refuses new work.
+        refuses_at: The worker refuses new work.
+    """
+
+    pid: int
+    noticed_at: float
+    refuses_at: float
+
+
+def stops_of(server: ServerProcess) -> list[WorkerStop]:
+    """The stop of each worker, in the order of their reports."""
+    clocks_differ_s = time.time() - time.monotonic()
+    stops = []
+    for report in reports(server):
+        reported_at = datetime.fromisoformat(report["timestamp"]).timestamp() - clocks_differ_s
+        phases_ms = report["phases_ms"]
+        noticed_at = reported_at - (phases_ms["total"] - phases_ms["notice"]) / 1000
+        stops.append(WorkerStop(report["pid"], noticed_at, noticed_at + phases_ms["lame_duck"] / 1000))
+    return stops
+
+
+def answered(probes: list[ProbeResult], *, sent_after: float = 0, before: float = float("inf")) -> list[ProbeResult]:
+    """The probes that were sent after one moment, and had their whole answers before another one."""
+    return [
+        it for it in probes if it.outcome == "answered" and it.at > sent_after and (it.answered_at or before) < before
+    ]
+
+
+def assert_none_was_left_standing(machine: Machine, probes: list[ProbeResult], signalled: float) -> None:
     """Check that each probe got a whole answer or a refusal within 100 ms more than ``USUAL_TIMES`` the usual time."""
-    usual_s = max(p.waited_s for p in probes if signalled - 0.5 < p.at < signalled - 0.05)
+
+    def waited_s(probe: ProbeResult) -> float:
+        return probe.waited_s if probe.answered_at is None else machine.free_s(probe.at, probe.answered_at)
+
+    usual_s = max(map(waited_s, answered(probes, sent_after=signalled - 0.5, before=signalled)), default=0)
     during = [p for p in probes if p.at > signalled]
     most_s = USUAL_TIMES * usual_s + SILENT_S
-    bad = [p for p in during if p.outcome not in ("answered", "refused") or p.waited_s > most_s + p.late_s]
+    proper = ("answered", "refused", "sent late")
+    bad = [p for p in during if outcome_of(p) not in proper or waited_s(p) > most_s + p.late_s]
     assert not bad, f"{len(bad)} of {len(during)}, {usual_s:.3f} before the signal:\n{told(bad, signalled)}"
 
 
-async def stopped_while_probed(
-    host: Host, folder: Path, streams: Streams, drain_timeout_s: float
-) -> tuple[LoadResult, float]:
-    """Probe before, during and after a stop. Returns the clients' observations and the time of the signal."""
-    async with open_under_load(host, folder, streams, prober(), drain_timeout_s=drain_timeout_s) as (server, load):
-        await trio.sleep(0.5)
+async def end_the_wait(server: ServerProcess) -> tuple[float, Gone]:
+    """End the lame duck or the drain, as a second Ctrl+C does. Returns the time of the signal, and the end.
+
+    A signal that is seen right after the first one, which was late, does not count: so it is sent again.
+    """
+    ended_at = server.signal_group(signal.SIGINT)
+    with trio.fail_after(CAP_S):
+        while server.gone is None:
+            with trio.move_on_after(1):
+                await server.wait_gone()
+            with suppress(ServerFailedError):  # it has ended
+                server.signal_group(signal.SIGINT)
+        return ended_at, await server.wait_gone()
+
+
+@pytest.mark.parametrize("host", GATED, ids=str)
+async def test_no_new_connection_is_reset_or_silent_while_turns_drain(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
+    async with open_under_load(host, tmp_path, chat(count=20), prober(), drain_timeout_s=WAIT_S) as (server, load):
+        await load.wait_probes(SECOND)
+        signalled = server.signal_main(signal.SIGTERM)
+        await load.wait_probes(SECOND)
+        ended_at, gone = await end_the_wait(server)
+        await trio.sleep(0.1)
+        result = await load.stop()
+    assert_clean(host, server, gone)
+    assert_all_ended_properly(result)
+    assert_none_was_left_standing(machine, result.probes, signalled)
+    assert {p.status for p in answered(result.probes, before=signalled)} == {201}
+    drained = answered(result.probes, sent_after=max(stop.noticed_at for stop in stops_of(server)))
+    assert len(drained) > PROBES_MIN
+    assert all(p.status == 503 and p.retry_after and p.connection_close for p in drained), told(drained, signalled)
+    refused = [p for p in result.probes if p.outcome == "refused"]
+    assert refused
+    assert all((p.answered_at or 0) > ended_at for p in refused), told(refused, signalled)
+
+
+@pytest.mark.parametrize("host", GATED, ids=str)
+async def test_no_new_connection_is_reset_or_silent_when_many_streams_end(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
+    async with open_under_load(host, tmp_path, chat(count=100), prober(), drain_timeout_s=0) as (server, load):
+        await load.wait_probes(SECOND)
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
         await trio.sleep(0.1)
         result = await load.stop()
     assert_clean(host, server, gone)
     assert_all_ended_properly(result)
-    return result, signalled
-
-
-@pytest.mark.parametrize("host", GATED, ids=str)
-async def test_no_new_connection_is_reset_or_silent_while_turns_drain(tmp_path: Path, host: Host) -> None:
-    result, signalled = await stopped_while_probed(host, tmp_path, chat(count=20), drain_timeout_s=1)
-    assert_none_was_left_standing(result.probes, signalled)
-    assert {p.status for p in result.probes if p.at < signalled - 0.5} == {201}
-    answered = [p for p in result.probes if p.at > signalled + NOTICE_S and p.outcome == "answered"]
-    assert len(answered) > 50
-    assert all(p.status == 503 and p.retry_after and p.connection_close for p in answered), told(answered, signalled)
-    refused = [p for p in result.probes if p.outcome == "refused"]
-    assert refused
-    assert all(p.at > signalled + 1 for p in refused), told(refused, signalled)
-
-
-@pytest.mark.parametrize("host", GATED, ids=str)
-async def test_no_new_connection_is_reset_or_silent_when_many_streams_end(tmp_path: Path, host: Host) -> None:
-    result, signalled = await stopped_while_probed(host, tmp_path, chat(count=100), drain_timeout_s=0)
-    assert_none_was_left_standing(result.probes, signalled)
+    assert_none_was_left_standing(machine, result.probes, signalled)
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_2], ids=str)
 async def test_while_the_lame_duck_lasts_everything_works_but_readiness(tmp_path: Path, host: Host) -> None:
     groups = (chat(count=2), prober(), prober("/readyz", "GET"))
-    async with open_under_load(host, tmp_path, *groups, lame_duck_timeout_s=1, drain_timeout_s=0) as (server, load):
-        await trio.sleep(0.2)
+    async with open_under_load(host, tmp_path, *groups, lame_duck_timeout_s=WAIT_S, drain_timeout_s=0) as (
+        server,
+        load,
+    ):
+        await load.wait_probes(2 * SECOND)
         signalled = server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
+        await load.wait_probes(2 * SECOND)
+        _, gone = await end_the_wait(server)
         result = await load.stop()
     assert_clean(host, server, gone)
     assert ends(result)["chat"] == {"interrupted"}
 
-    def statuses(path: str, since: float, until: float) -> set[int | None]:
-        return {p.status for p in result.probes if p.group == path and since < p.at - signalled < until}
+    noticed_at = max(stop.noticed_at for stop in stops_of(server))
+    refuses_at = min(stop.refuses_at for stop in stops_of(server))
 
-    assert statuses("/sessions", NOTICE_S, 0.9) == {201}
-    assert statuses("/readyz", -1, -0.1) == {200}
-    assert statuses("/readyz", NOTICE_S, 0.9) == {503}
+    def statuses(path: str, since: float, until: float) -> set[int | None]:
+        return {p.status for p in answered(result.probes, sent_after=since, before=until) if p.group == path}
+
+    assert statuses("/sessions", noticed_at, refuses_at) == {201}
+    assert statuses("/readyz", 0, signalled) == {200}
+    assert statuses("/readyz", noticed_at, refuses_at) == {503}
 
 
 @pytest.mark.parametrize("host", GATED, ids=str)
 async def test_reads_go_on_during_the_drain(tmp_path: Path, host: Host) -> None:
     groups = (chat(count=4), prober("/sessions", "GET"))
-    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=1) as (server, load):
+    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=WAIT_S) as (server, load):
         signalled = server.signal_main(signal.SIGTERM)
-        await wait_gone(server)
+        await load.wait_probes(SECOND)
+        ended_at, _ = await end_the_wait(server)
         result = await load.stop()
-    during = [p.status for p in result.probes if signalled < p.at < signalled + 0.9]
-    assert set(during) == {200}
-    assert len(during) > 50
+    during = answered(result.probes, sent_after=signalled, before=ended_at)
+    assert {p.status for p in during} == {200}
+    assert len(during) > PROBES_MIN
+    failed = [p for p in result.probes if p.outcome != "answered" and p.answered_at and p.answered_at < ended_at]
+    assert not failed, told(failed, signalled)
 
 
 @pytest.mark.parametrize("host", [HYPERCORN_2, CONFIGURED_4], ids=str)
-async def test_while_one_worker_drains_the_others_take_new_clients_until_all_stop(tmp_path: Path, host: Host) -> None:
+async def test_while_one_worker_drains_the_others_take_new_clients_until_all_stop(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
     groups = (turn(count=4, message="rate=20"), prober(), prober("/readyz", "GET"))
-    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=2) as (server, load):
-        await trio.sleep(0.5)
-        alone_at = time.monotonic()
-        os.kill(owner_of(tmp_path / "lastcall.db", "/sessions/turn0"), signal.SIGTERM)
-        await trio.sleep(1)
+    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=WAIT_S) as (server, load):
+        await load.wait_probes(SECOND)
+        first = owner_of(tmp_path / "lastcall.db", "/sessions/turn0")
+        os.kill(first, signal.SIGTERM)
+        await load.wait_probes(3 * SECOND)
         all_at = server.signal_main(signal.SIGTERM)
-        gone = await wait_gone(server)
+        await load.wait_probes(2 * SECOND)
+        _, gone = await end_the_wait(server)
         result = await load.stop()
     assert_clean(host, server, gone)
     assert_all_ended_properly(result)
-    alone = [p for p in result.probes if alone_at + NOTICE_S < p.at < all_at - NOTICE_S]
-    assert len(alone) > 50
-    assert {(p.group, p.status) for p in alone} == {("/sessions", 201), ("/readyz", 200)}, told(alone, alone_at)
+    noticed_at = {stop.pid: stop.noticed_at for stop in stops_of(server)}
+    alone = answered(result.probes, sent_after=noticed_at[first] + LEAVES_S, before=all_at)
+    assert len(alone) > PROBES_MIN
+    assert {(p.group, p.status) for p in alone} == {("/sessions", 201), ("/readyz", 200)}, told(alone, all_at)
     probes = [p for p in result.probes if p.group == "/sessions"]
-    assert_none_was_left_standing(probes, all_at)
-    answered = [p for p in probes if p.at > all_at + NOTICE_S and p.outcome == "answered"]
-    assert len(answered) > 50
-    assert {p.status for p in answered} == {503}, told(answered, all_at)
+    assert_none_was_left_standing(machine, probes, all_at)
+    drained = answered(probes, sent_after=max(noticed_at.values()))
+    assert len(drained) > PROBES_MIN
+    assert {p.status for p in drained} == {503}, told(drained, all_at)
 
 
 @pytest.mark.parametrize("host", [HYPERCORN_1, HYPERCORN_2], ids=str)
@@ -147,11 +231,14 @@ async def test_in_a_reload_of_hypercorns_own_new_work_is_refused_in_the_drain_an
     tmp_path: Path, host: Host
 ) -> None:
     gently = msgspec.structs.replace(prober(), interval_s=0.05)  # bare hypercorn's backlog is 100
-    async with open_under_load(host, tmp_path, turn(count=4), gently, drain_timeout_s=1) as (server, load):
+    async with open_under_load(host, tmp_path, turn(count=4), gently, drain_timeout_s=3) as (server, load):
         await trio.sleep(0.5)
         reloaded_at = server.signal_main(signal.SIGHUP)
         with trio.fail_after(CAP_S):
             await server.wait_logged('"serving"', times=2 * host.processes)
+        serve_at = time.monotonic()
+        async with open_client(server) as [client]:
+            await new_session(client, "after-all-that-waited")
         await trio.sleep(1)
         result = await load.stop()
         server.signal_main(signal.SIGTERM)
@@ -159,7 +246,9 @@ async def test_in_a_reload_of_hypercorns_own_new_work_is_refused_in_the_drain_an
     assert gone.exit_code == 0
     assert_log_is_clean(server)
     assert_all_ended_properly(result)
-    assert {p.outcome for p in result.probes[:-5]} == {"answered"}, told(result.probes, reloaded_at)
-    drained = [p for p in result.probes if reloaded_at + NOTICE_S < p.at < reloaded_at + 0.9]
+    waited = [p for p in result.probes if p.at < serve_at]
+    assert {outcome_of(p) for p in waited} - {"sent late"} == {"answered"}, told(waited, reloaded_at)
+    noticed_at = max(stop.noticed_at for stop in stops_of(server)[: host.processes])
+    drained = answered(result.probes, sent_after=noticed_at, before=reloaded_at + 3)
     assert {(p.status, p.retry_after) for p in drained} == {(503, True)}, told(drained, reloaded_at)
-    assert {p.status for p in result.probes[-10:-5]} == {201}, told(result.probes, reloaded_at)
+    assert {p.status for p in answered(result.probes, sent_after=serve_at)} == {201}, told(result.probes, reloaded_at)

@@ -19,6 +19,7 @@ import trustme
 
 from bench.plan import LoadResult
 from bench.server_process import Gone, ServerProcess, python_command
+from tests.machine import Machine
 from tests.process.lastcall import (
     CAP_S,
     CONFIGURED_2,
@@ -87,13 +88,14 @@ async def reload_under_load(folder: Path, argv: list[str]) -> Reloaded:
 
 @pytest.mark.parallel
 @pytest.mark.parametrize("argv", [CONFIGURED_2.argv(), SERVE_2], ids=["configured-2", "serve-2"])
-async def test_under_load_reloads_refuse_and_reset_no_client(tmp_path: Path, argv: list[str]) -> None:
+async def test_under_load_reloads_refuse_and_reset_no_client(tmp_path: Path, machine: Machine, argv: list[str]) -> None:
     reloaded = await reload_under_load(tmp_path, argv)
     assert_log_is_clean(reloaded.server)
     assert_all_ended_properly(reloaded.result)
     assert (reloaded.gone.exit_code, reloaded.gone.strays) == (0, ())
     silent = [probe.at for probe in reloaded.result.probes if probe.outcome == "silent"]
-    assert all(reloaded.stopped_at - at < SILENT_MAX_S for at in silent), "only the last ones are not answered yet"
+    waited_s = [machine.free_s(at, reloaded.stopped_at) for at in silent]
+    assert all(it < SILENT_MAX_S for it in waited_s), "only the last ones are not answered yet"
     assert {(p.group, p.outcome, p.status) for p in reloaded.result.probes if p.outcome != "silent"} == {
         ("/sessions", "answered", 201),
         ("/readyz", "answered", 200),
@@ -102,9 +104,10 @@ async def test_under_load_reloads_refuse_and_reset_no_client(tmp_path: Path, arg
     assert all(it["faults"] == [] and it["connections_aborted"] == 0 for it in reports(reloaded.server)[: 2 * RELOADS])
 
 
-async def test_during_a_reload_no_request_waits_long(tmp_path: Path) -> None:
+async def test_during_a_reload_no_request_waits_long(tmp_path: Path, machine: Machine) -> None:
     reloaded = await reload_under_load(tmp_path, CONFIGURED_2.argv())
-    waits = sorted(p.waited_s - p.late_s for p in reloaded.result.probes if p.outcome == "answered")
+    answered = [p for p in reloaded.result.probes if p.outcome == "answered"]
+    waits = sorted(machine.free_s(p.at, p.answered_at or p.at) - p.late_s for p in answered)
     p99 = waits[len(waits) * 99 // 100]
     sys.stderr.write(
         f"n={len(waits)} median={1000 * statistics.median(waits):.1f} ms p99={1000 * p99:.1f} ms "
@@ -153,8 +156,8 @@ async def test_reloads_refuse_nothing_on_connections_that_are_kept_and_on_tls(tm
         ):
             for number in range(RELOADS):
                 await reload(server, times=number + 1)
-            assert len(on_kept) > 100
-            assert len(on_new) > 20
+            assert len(on_kept) > 10
+            assert len(on_new) > 5
             assert set(on_kept) == set(on_new) == {201}
         await stop_cleanly(server)
 
@@ -211,9 +214,9 @@ async def test_a_stream_that_an_old_worker_begins_after_the_reload_is_passed_on_
     """The old worker has no turn, so nothing but the upload holds its drain; the turn runs in a new worker."""
     settings: dict[str, Any] = {
         "drain_timeout_s": 20,
-        "cleanup_timeout_s": 0.1,
+        "cleanup_timeout_s": 0.5,
         "release_timeout_s": 20,
-        "model_url": "scripted:?tokens=10&rate=10",
+        "model_url": "scripted:?tokens=20&rate=10",
     }
     body = b'{"message": "x"}'
     head = (

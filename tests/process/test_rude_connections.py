@@ -15,6 +15,7 @@ import trio
 import trustme
 
 from bench.server_process import ServerProcess
+from tests.machine import Machine
 from tests.process.clients import Stream
 from tests.process.lastcall import (
     CAP_S,
@@ -47,7 +48,7 @@ async def connect(server: ServerProcess, first: bytes) -> trio.SocketStream:
 
 
 @pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
-async def test_clients_in_mid_handshake_delay_no_stop(tmp_path: Path, host: Host) -> None:
+async def test_clients_in_mid_handshake_delay_no_stop(tmp_path: Path, machine: Machine, host: Host) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     authority, context = trustme.CA(), ssl.create_default_context()
     authority.configure_trust(context)
@@ -77,7 +78,7 @@ async def test_clients_in_mid_handshake_delay_no_stop(tmp_path: Path, host: Host
             await connection.aclose()
     assert_clean(host, server, gone)
     assert {stream.end for stream in streams} == {("turn.interrupted", "shutdown")}
-    assert gone.at - signalled < 1
+    assert machine.free_s(signalled, gone.at) < 1
 
 
 def ask_for_a_stream(client: h2.connection.H2Connection) -> None:
@@ -104,8 +105,11 @@ async def open_http2_without_a_window(server: ServerProcess) -> trio.SocketStrea
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_http2_clients_that_give_no_window_are_cut_after_half_of_the_release(tmp_path: Path, host: Host) -> None:
-    async with open_under_load(host, tmp_path, chat(count=5), drain_timeout_s=0) as (server, load):
+async def test_http2_clients_that_give_no_window_are_cut_after_half_of_the_release(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
+    bounds: dict[str, Any] = {"drain_timeout_s": 0, "release_timeout_s": 1}
+    async with open_under_load(host, tmp_path, chat(count=5), **bounds) as (server, load):
         rude = [await open_http2_without_a_window(server) for _ in range(3)]
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
@@ -114,8 +118,8 @@ async def test_http2_clients_that_give_no_window_are_cut_after_half_of_the_relea
             await connection.aclose()
     assert_clean(host, server, gone)
     assert_all_ended_properly(result)
-    assert max(stream.ended_at or 0 for stream in result.streams) - signalled < 0.5
-    assert gone.at - signalled < 1
+    assert machine.free_s(signalled, max(stream.ended_at or 0 for stream in result.streams)) < 0.5
+    assert machine.free_s(signalled, gone.at) < 1
     [report] = reports(server)
     assert report["turns_interrupted"] == 8
     assert (report["streams_ended"], report["streams_aborted"], report["connections_aborted"]) == (5, 3, 3)
@@ -138,7 +142,7 @@ async def open_http2_that_does_nothing(server: ServerProcess, *, asks_first: boo
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_http2_clients_without_a_stream_delay_no_stop(tmp_path: Path, host: Host) -> None:
+async def test_http2_clients_without_a_stream_delay_no_stop(tmp_path: Path, machine: Machine, host: Host) -> None:
     async with open_under_load(host, tmp_path, chat(count=5), drain_timeout_s=0) as (server, load):
         rude = [await open_http2_that_does_nothing(server, asks_first=number % 2 == 0) for number in range(4)]
         signalled = server.signal_main(signal.SIGTERM)
@@ -148,7 +152,7 @@ async def test_http2_clients_without_a_stream_delay_no_stop(tmp_path: Path, host
             await connection.aclose()
     assert_clean(host, server, gone)
     assert_all_ended_properly(result)
-    assert gone.at - signalled < 0.5
+    assert machine.free_s(signalled, gone.at) < 0.5
     [report] = reports(server)
     assert report["connections_aborted"] == 0
 
@@ -157,8 +161,10 @@ UPGRADE_WITHOUT_KEY = b"GET /chat HTTP/1.1\r\nHost: localhost\r\nUpgrade: websoc
 
 
 @pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
-async def test_websockets_that_hypercorn_refuses_are_gone_with_the_answer(tmp_path: Path, host: Host) -> None:
-    async with open_lastcall(host, tmp_path, drain_timeout_s=0, release_timeout_s=10) as server:
+async def test_websockets_that_hypercorn_refuses_are_gone_with_the_answer(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
+    async with open_lastcall(host, tmp_path, drain_timeout_s=0) as server:
         for _ in range(3):
             async with await connect(server, UPGRADE_WITHOUT_KEY) as client:
                 with trio.fail_after(CAP_S):
@@ -167,5 +173,5 @@ async def test_websockets_that_hypercorn_refuses_are_gone_with_the_answer(tmp_pa
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
     assert_clean(host, server, gone)
-    assert gone.at - signalled < 5
+    assert machine.free_s(signalled, gone.at) < 5
     assert {report["connections_aborted"] for report in reports(server)} == {0}

@@ -9,6 +9,7 @@ import pytest
 
 from bench.plan import Group
 from bench.server_process import ServerProcess
+from tests.machine import Machine
 from tests.process.lastcall import (
     HOSTS,
     HYPERCORN_1,
@@ -40,7 +41,7 @@ RUDE = {group.name: group for group in rude()}
 @pytest.mark.parametrize("how", SIGNALS)
 @pytest.mark.parametrize("host", HOSTS, ids=str)
 async def test_all_streams_end_properly_beside_rude_clients(tmp_path: Path, host: Host, how: str) -> None:
-    bounds: dict[str, Any] = {"drain_timeout_s": 0, "cleanup_timeout_s": 5}
+    bounds: dict[str, Any] = {"drain_timeout_s": 0, "release_timeout_s": 2}
     async with open_under_load(host, tmp_path, *well_behaved(), *rude(), **bounds) as (server, load):
         SIGNALS[how](server)
         gone = await wait_gone(server)
@@ -55,21 +56,24 @@ async def test_all_streams_end_properly_beside_rude_clients(tmp_path: Path, host
 
 @pytest.mark.parametrize("who", RUDE)
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_one_rude_client_harms_no_other_client(tmp_path: Path, host: Host, who: str) -> None:
+async def test_one_rude_client_harms_no_other_client(tmp_path: Path, machine: Machine, host: Host, who: str) -> None:
     groups: tuple[Group, ...] = (chat(count=5), RUDE[who])
-    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=0) as (server, load):
+    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=0, release_timeout_s=1) as (server, load):
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
         result = await load.stop()
     assert_all_ended_properly(result)
     assert_clean(host, server, gone)
     # The other streams do not wait for the client that has to be cut off.
-    assert max(s.ended_at or 0 for s in result.streams if s.group == "chat") - signalled < 0.5
-    assert gone.at - signalled < (1.5 if who == "stalled" else 0.5)
+    ended_at = max(s.ended_at or 0 for s in result.streams if s.group == "chat")
+    assert machine.free_s(signalled, ended_at) < 0.5
+    assert machine.free_s(signalled, gone.at) < (1.5 if who == "stalled" else 0.5)
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_a_stalled_reader_is_cut_off_after_half_of_the_release(tmp_path: Path, host: Host) -> None:
+async def test_a_stalled_reader_is_cut_off_after_half_of_the_release(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
     groups = (chat(), stalled())
     async with open_under_load(host, tmp_path, *groups, drain_timeout_s=0, release_timeout_s=3) as (server, load):
         signalled = server.signal_main(signal.SIGTERM)
@@ -77,14 +81,16 @@ async def test_a_stalled_reader_is_cut_off_after_half_of_the_release(tmp_path: P
         result = await load.stop()
     assert_all_ended_properly(result)
     assert_clean(host, server, gone)
-    assert 1.5 <= gone.at - signalled < 2.5
+    assert gone.at - signalled >= 1.5
+    assert machine.free_s(signalled, gone.at) < 2.5
 
 
 @pytest.mark.parallel
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1, HYPERCORN_2], ids=str)
 async def test_the_report_says_what_the_clients_saw(tmp_path: Path, host: Host) -> None:
     groups = (chat("chat", 7), chat("finishing", 4, "rate=20 tokens=60"), stalled())
-    async with open_under_load(host, tmp_path, *groups, drain_timeout_s=4) as (server, load):
+    bounds: dict[str, Any] = {"drain_timeout_s": 8, "release_timeout_s": 2, "reply_bytes_max": 4 << 20}
+    async with open_under_load(host, tmp_path, *groups, **bounds) as (server, load):
         server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
         result = await load.stop()
@@ -105,17 +111,17 @@ async def test_the_report_says_what_the_clients_saw(tmp_path: Path, host: Host) 
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=str)
-async def test_a_server_without_work_is_gone_at_once(tmp_path: Path, host: Host) -> None:
+async def test_a_server_without_work_is_gone_at_once(tmp_path: Path, machine: Machine, host: Host) -> None:
     """The drain could take 30 s; without work it takes no time."""
     async with open_under_load(host, tmp_path, drain_timeout_s=30) as (server, _):
         signalled = server.signal_main(signal.SIGTERM)
         gone = await wait_gone(server)
     assert_clean(host, server, gone)
-    assert gone.at - signalled < 1
+    assert machine.free_s(signalled, gone.at) < 1
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_2], ids=str)
-async def test_turns_that_fit_into_the_drain_are_completed(tmp_path: Path, host: Host) -> None:
+async def test_turns_that_fit_into_the_drain_are_completed(tmp_path: Path, machine: Machine, host: Host) -> None:
     load_of_short_turns = chat(count=10, message="rate=20 tokens=20")
     async with open_under_load(host, tmp_path, load_of_short_turns, drain_timeout_s=10) as (server, load):
         server.signal_main(signal.SIGTERM)
@@ -124,4 +130,5 @@ async def test_turns_that_fit_into_the_drain_are_completed(tmp_path: Path, host:
     assert_clean(host, server, gone)
     assert ends(result) == {"chat": {"completed"}}
     assert {stream.tokens for stream in result.streams} == {20}
-    assert gone.at - max(stream.ended_at or 0 for stream in result.streams) < 1
+    ended_at = max(stream.ended_at or 0 for stream in result.streams)
+    assert machine.free_s(ended_at, gone.at) < 1

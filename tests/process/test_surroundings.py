@@ -3,13 +3,17 @@
 import os
 import resource
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from bench.peers import open_load
 from bench.plan import Plan
+from service.hosting.hypercorn.patches import LOG_INTERVAL_S
+from tests.machine import Machine
 from tests.process.lastcall import (
     CONFIGURED_2,
     HYPERCORN_1,
@@ -31,7 +35,7 @@ STARTS = int(os.environ.get("LASTCALL_TEST_STARTS", "5"))
 
 @pytest.mark.parametrize("what", ["full", "closed"])
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_output_without_a_reader_changes_nothing(tmp_path: Path, host: Host, what: str) -> None:
+async def test_output_without_a_reader_changes_nothing(tmp_path: Path, machine: Machine, host: Host, what: str) -> None:
     async with open_lastcall(host, tmp_path, stderr_pipe=True, drain_timeout_s=0) as server:
         assert server.stderr_pipe is not None
         message = "rate=20 never heard of by the scripted model, which takes its time with this many words to repeat"
@@ -46,11 +50,11 @@ async def test_output_without_a_reader_changes_nothing(tmp_path: Path, host: Hos
             result = await load.stop()
     assert_all_ended_properly(result)
     assert gone.exit_code == 0
-    assert gone.at - signalled < 2
+    assert machine.free_s(signalled, gone.at) < 2
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_a_model_server_that_never_answers_is_left_at_once(tmp_path: Path, host: Host) -> None:
+async def test_a_model_server_that_never_answers_is_left_at_once(tmp_path: Path, machine: Machine, host: Host) -> None:
     groups = (chat("mute", 5, "mute=1", ready_at="head"), chat("silent", 5, "rate=20 silent_after=2"))
     async with open_under_load(host, tmp_path, *groups, drain_timeout_s=0) as (server, load):
         signalled = server.signal_main(signal.SIGTERM)
@@ -59,11 +63,13 @@ async def test_a_model_server_that_never_answers_is_left_at_once(tmp_path: Path,
     assert_all_ended_properly(result)
     assert_clean(host, server, gone)
     assert ends(result) == {"mute": {"interrupted"}, "silent": {"interrupted"}}
-    assert gone.at - signalled < 1
+    assert machine.free_s(signalled, gone.at) < 1
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
-async def test_a_model_server_that_ignores_the_close_is_left_at_once(tmp_path: Path, host: Host) -> None:
+async def test_a_model_server_that_ignores_the_close_is_left_at_once(
+    tmp_path: Path, machine: Machine, host: Host
+) -> None:
     async with open_under_load(host, tmp_path, chat(count=5, message="rate=50 deaf=1"), drain_timeout_s=0) as (
         server,
         load,
@@ -73,7 +79,7 @@ async def test_a_model_server_that_ignores_the_close_is_left_at_once(tmp_path: P
         result = await load.stop()
     assert_all_ended_properly(result)
     assert_clean(host, server, gone)
-    assert gone.at - signalled < 1
+    assert machine.free_s(signalled, gone.at) < 1
 
 
 @pytest.mark.parallel
@@ -81,7 +87,8 @@ async def test_many_starts_and_stops_under_load_leave_nothing_behind(tmp_path: P
     for number in range(STARTS):
         folder = tmp_path / str(number)
         folder.mkdir()
-        async with open_under_load(HYPERCORN_1, folder, chat(count=10), stalled(), drain_timeout_s=0) as (server, load):
+        bounds: dict[str, Any] = {"drain_timeout_s": 0, "release_timeout_s": 2}
+        async with open_under_load(HYPERCORN_1, folder, chat(count=10), stalled(), **bounds) as (server, load):
             await trio.sleep(number % 5 / 50)
             server.signal_group((signal.SIGTERM, signal.SIGINT)[number % 2])
             gone = await wait_gone(server)
@@ -99,6 +106,7 @@ async def test_a_server_without_descriptors_left_stops_as_ever(tmp_path: Path, h
         for process in processes:
             most = max(int(it.name) for it in Path(f"/proc/{process}/fd").iterdir()) + 1 + spare  # noqa: ASYNC240
             resource.prlimit(process, resource.RLIMIT_NOFILE, (most, most))
+        began_at = time.monotonic()
         idle = [await trio.open_tcp_stream("127.0.0.1", server.port) for _ in range(len(processes) * 2 * spare)]
         await server.wait_logged("accept returned EMFILE", times=len(processes))
         await trio.sleep(0.5)
@@ -109,4 +117,5 @@ async def test_a_server_without_descriptors_left_stops_as_ever(tmp_path: Path, h
             await client.aclose()
     assert_all_ended_properly(result)
     assert_clean(host, server, gone)
-    assert server.log().count("accept returned EMFILE") <= 4 * len(processes)
+    lines_max = (gone.at - began_at) / LOG_INTERVAL_S + 1
+    assert server.log().count("accept returned EMFILE") <= lines_max * len(processes)
