@@ -87,6 +87,17 @@ def owner_of(path: Path, session: str) -> int:
         return int(struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
+async def wait_stored(path: Path, turn_id: str, text: str) -> None:
+    """Wait until the checkpoints of a turn that runs have the text: then a crash leaves it."""
+    query = "SELECT text FROM event_pages JOIN turns ON turns.key = event_pages.turn WHERE id = ? ORDER BY after"
+
+    async def is_stored() -> bool:
+        with closing(sqlite3.connect(path, timeout=CAP_S)) as db:
+            return text in b"".join(piece for (piece,) in db.execute(query, (turn_id,))).decode()
+
+    await wait_until(is_stored)
+
+
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     with trio.fail_after(CAP_S):
         while not await condition():  # noqa: ASYNC110  the condition is about another process

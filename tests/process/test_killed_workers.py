@@ -24,6 +24,7 @@ from tests.process.lastcall import (
     turn,
     wait_gone,
 )
+from tests.process.test_workers import halt
 
 pytestmark = pytest.mark.parallel
 
@@ -48,7 +49,7 @@ async def test_a_killed_worker_takes_only_its_own_streams_along(tmp_path: Path) 
         checkpoint_interval_s=60,  # a halted worker must keep no lock
     ) as (server, first):
         [victim] = owners(tmp_path, "first", 1)
-        os.kill(victim, signal.SIGSTOP)  # so that the next streams are on other workers
+        await halt(victim, tmp_path)  # so that the next streams are on other workers
         async with open_load(Plan(port=server.port, groups=(turn("others", 12),))) as load:
             with trio.fail_after(CAP_S):
                 await load.wait_ready()

@@ -52,6 +52,9 @@ async def test_every_count_of_a_known_load_is_exact(host: Host, argv: list[str] 
                 body = {"session_id": f"s{number}", "message": "go"}
                 nursery.start_soon(stream.run, client, "POST", "/chat", body)
         await wait_until(partial(has, client, "lastcall_sessions", "state=idle", TURNS))
+        # Each is counted a moment after a client has seen it.
+        await wait_until(partial(has, client, "lastcall_streams_total", "end=ended,face=native", TURNS))
+        await wait_until(partial(has, client, "lastcall_upstream_calls_total", "result=ok,upstream=scripted", TURNS))
         after = await scrape(client)
         [alone] = {line["bind"] for line in lines_of(server.log(), "metrics are served")}
         told = await scrape(client, f"http://{alone}/metrics")
@@ -88,7 +91,7 @@ async def expect_one_answer_a_connection(address: str) -> None:
                 answer = b"".join([piece async for piece in connection])
         assert b"\r\nconnection: close\r\n" in answer.lower()
     foreign = {"Host": "evil.example.com"}
-    async with httpx.AsyncClient() as page:
+    async with httpx.AsyncClient(timeout=CAP_S) as page:
         assert (await page.get(f"http://{address}/metrics", headers=foreign)).json()["code"] == "loopback_only"
 
 

@@ -18,6 +18,7 @@ from openai import AsyncOpenAI, AsyncStream, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 
 from bench.server_process import ServerProcess
+from tests.process.clients import wait_stored
 from tests.process.lastcall import CAP_S, HYPERCORN_2, SERVE, Host, assert_clean, open_lastcall, wait_gone
 from tests.upstreams.raw_server import DONE, Connection, delta, finish, open_raw_server
 
@@ -227,8 +228,10 @@ async def test_a_reply_that_was_cut_off_is_never_taken_for_a_whole_one(tmp_path:
             async def see() -> None:
                 async for event in stream:
                     seen.append(event)
-                    if event.type == "response.output_text.delta" and event.delta == "is not ":
-                        await trio.sleep(0.5)  # for a checkpoint of both words
+                    if event.type == "response.output_text.delta" and event.delta.endswith("is not "):
+                        assert seen[0].type == "response.created"
+                        turn_id = seen[0].response.id.replace("resp_", "turn_")
+                        await wait_stored(tmp_path / "lastcall.db", turn_id, "The answer is not ")
                         server.signal_main(number)
 
             with pytest.raises(openai.APIError):

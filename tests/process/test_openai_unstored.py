@@ -228,7 +228,9 @@ def rows_with(path: Path, *words: str) -> list[str]:
     return found
 
 
-async def read_until_killed(server: ServerProcess, stream: AsyncStream[ResponseStreamEvent]) -> str:
+async def read_until_killed(
+    server: ServerProcess, stream: AsyncStream[ResponseStreamEvent], is_stored: Callable[[], bool]
+) -> str:
     """Kill the server in the middle of a response, once a checkpoint of its first word is stored. Returns its id.
 
     The client gets an exception, and no end of the response.
@@ -238,7 +240,8 @@ async def read_until_killed(server: ServerProcess, stream: AsyncStream[ResponseS
         async for event in stream:
             seen.append(event)
             if event.type == "response.output_text.delta":
-                await trio.sleep(0.5)  # for a checkpoint
+                while not is_stored():  # noqa: ASYNC110  another process writes the checkpoint
+                    await trio.sleep(0.02)
                 server.signal_main(signal.SIGKILL)
     await stream.close()
     await wait_gone(server)
@@ -267,8 +270,8 @@ async def test_after_a_crash_nothing_is_left_of_an_unstored_response(tmp_path: P
                 ask["previous_response_id"] = before.id
                 held.goes_on = trio.Event()
             held.word = words[1]
-            name = await read_until_killed(server, await client.responses.create(**ask))
-        assert rows_with(store, *words) != [], "the checkpoint was stored, otherwise nothing is shown"
+            stream = await client.responses.create(**ask)
+            name = await read_until_killed(server, stream, lambda: rows_with(store, words[1]) != [])
         async with open_lastcall(SERVE, tmp_path / "second", **options) as server, open_async(server) as client:
             with pytest.raises(openai.NotFoundError):
                 await client.responses.retrieve(name)

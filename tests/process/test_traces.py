@@ -12,7 +12,7 @@ import trio
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.process.clients import new_session, open_client
-from tests.process.lastcall import CONFIGURED_2, SERVE, open_lastcall, wait_gone
+from tests.process.lastcall import CAP_S, CONFIGURED_2, SERVE, open_lastcall, wait_gone
 from tests.process.test_workers import SLOW, on_file, reaching_others
 from tests.upstreams.raw_server import Connection, open_raw_server
 
@@ -46,6 +46,14 @@ class Collector:
     def named(self, name: str) -> list[tuple[int, Any]]:
         return [(pid, span) for pid, span in self.spans if span.name == name]
 
+    def of_trace(self, traceparent: str) -> list[tuple[int, Any]]:
+        return [(pid, span) for pid, span in self.spans if span.trace_id == bytes.fromhex(traceparent[3:35])]
+
+    def has_all_of(self, traceparent: str) -> bool:
+        """Whether it has the two spans of a request that was passed on, and the spans of a turn and of its start."""
+        of_turn = ("turn", "chat bench", "POST /sessions/<session_id>/turns")
+        return len(self.of_trace(traceparent)) >= 2 and all(map(self.named, of_turn))
+
 
 def attributes(of: Any) -> Attributes:
     return {it.key: getattr(it.value, it.value.WhichOneof("value")) for it in of.attributes}
@@ -61,7 +69,7 @@ async def open_collector() -> AsyncIterator[tuple[Collector, dict[str, str]]]:
 
 async def test_a_request_that_another_worker_passes_on_is_one_trace_in_a_collector(tmp_path: Path) -> None:
     async with open_collector() as (collector, variables):
-        settings = on_file(tmp_path, model_url=SLOW, **variables)
+        settings = on_file(tmp_path, model_url=SLOW, **variables, OTEL_BSP_SCHEDULE_DELAY="50")
         async with open_lastcall(CONFIGURED_2, tmp_path, **settings) as server, open_client(server) as [client]:
             session = await new_session(client, "s")
             started = await client.post(f"{session}/turns", json={"input": "go", "background": True})
@@ -72,6 +80,10 @@ async def test_a_request_that_another_worker_passes_on_is_one_trace_in_a_collect
             ):
                 nursery.start_soon(_get, client, turn, {"traceparent": CALLER})
             await client.post(f"{turn}/cancel")
+            # At the end the collector has half a second: less than a pause of this process may take.
+            with trio.fail_after(CAP_S):
+                while not collector.has_all_of(CALLER):  # noqa: ASYNC110  other processes send
+                    await trio.sleep(0.02)
             server.signal_main(signal.SIGTERM)
             gone = await wait_gone(server)
         assert gone.exit_code == 0
@@ -79,7 +91,7 @@ async def test_a_request_that_another_worker_passes_on_is_one_trace_in_a_collect
     assert collector.paths == {"/v1/traces"}
     assert {it["service.name"] for it in collector.resources} == {"chat"}
     assert len({it["service.instance.id"] for it in collector.resources}) == 2
-    passed_on = [(pid, it) for pid, it in collector.spans if it.trace_id == bytes.fromhex(CALLER[3:35])]
+    passed_on = collector.of_trace(CALLER)
     assert [it.name for _, it in passed_on] == ["GET /sessions/<session_id>/turns/<turn_id>"] * 2
     [(first_pid, first), (owner_pid, second)] = sorted(
         passed_on, key=lambda it: it[1].parent_span_id != bytes.fromhex(CALLER[36:52])
