@@ -8,7 +8,7 @@ import trio
 from bench.server_process import ServerProcess
 from tests.hosting.hosts import KEYED, open_host
 
-CAP_S = 20
+CAP_S = 60
 
 
 async def call(server: ServerProcess, path: str, *headers: str) -> bytes:

@@ -30,7 +30,7 @@ async def test_a_pod_of_the_manifest_starts_with_service_links_too(tmp_path: Pat
     pod = variables_of_the_pod() | links | here | {"LASTCALL_LOG_LEVEL": "debug", "LASTCALL_DRAIN_TIMEOUT_S": "0"}
     async with open_host(tmp_path, SERVE, **pod) as server:
         server.signal_main(signal.SIGTERM)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             gone = await server.wait_gone()
     assert gone.exit_code == 0
     ignored_variables = [line for line in server.log().splitlines() if "service links" in line]

@@ -16,7 +16,7 @@ from tests.hosting.conftest import Serve
 from tests.hosting.hosts import SERVE, launch, open_host
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-CAP_S = 20
+CAP_S = 60
 
 
 def an_app(lifespan: Any) -> QuartTrio:

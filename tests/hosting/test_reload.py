@@ -55,7 +55,7 @@ async def test_a_reload_that_fails_leaves_the_old_workers_serving_and_says_why_i
             assert server.workers() == before
             assert len(re.findall(TOLD, server.log())) == said + 1
             assert "the next start" not in server.log()
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=CAP_S) as client:
                 assert (await client.post("/sessions", json={})).status_code == 201
 
         for kind, why in FAULTS.items():
@@ -106,7 +106,7 @@ async def test_a_reload_of_a_terminal_leaves_the_workers_to_the_master(tmp_path:
 async def test_workers_that_have_answered_enough_leave_once_others_serve(tmp_path: Path) -> None:
     async with open_host(tmp_path, "configured-2", "--max-requests", "20") as server:
         await server.wait_logged('"serving"', times=2)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=CAP_S) as client:
             with trio.fail_after(CAP_S):
                 while server.log().count('"reason": "max requests"') < 2:  # noqa: ASYNC110
                     assert (await client.get("/readyz", headers={"Connection": "close"})).status_code == 200

@@ -22,8 +22,8 @@ from tests.upstreams.raw_server import Connection, delta, open_raw_server
 ENDINGS: Mapping[str, Mapping[str, Any]] = {
     "stop": {"drain_timeout_s": 0},
     "kill": {},
-    "deadline": {"turn_timeout_s": 4},  # enough for a first chunk to all clients of a test, also on a busy machine
-    "no-token": {"first_token_timeout_s": 0.5},
+    "deadline": {"turn_timeout_s": 12},  # enough for a first chunk to all clients of a test, also on a busy machine
+    "no-token": {"first_token_timeout_s": 2},  # enough for the model server's head
     "deletion": {},
 }
 """The ways a reply is cut here, with the settings of the server for them."""

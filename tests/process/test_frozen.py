@@ -12,14 +12,14 @@ from tests.process.clients import Stream, all_begun, new_session, start
 from tests.process.lastcall import CAP_S, SERVE, assert_clean, open_lastcall, wait_gone
 
 DEADLINES: dict[str, Any] = {
-    "first_token_timeout_s": 1,
-    "next_token_timeout_s": 1,
-    "turn_timeout_s": 4,
-    "store_timeout_s": 1,
-    "disconnect_grace_s": 1,
+    "first_token_timeout_s": 4,
+    "next_token_timeout_s": 4,
+    "turn_timeout_s": 6,
+    "store_timeout_s": 4,
+    "disconnect_grace_s": 4,
 }
-FROZEN_S = 4.2
-"""Longer than each of the deadlines, which are longer than the turns take where they are not disturbed."""
+FROZEN_S = 6.2
+"""Longer than each of the deadlines, which are seconds longer than what they bound takes on a quiet machine."""
 
 
 async def test_turns_go_on_whose_tokens_came_in_a_freeze(tmp_path: Path) -> None:
@@ -54,7 +54,8 @@ async def test_turns_go_on_whose_tokens_came_in_a_freeze(tmp_path: Path) -> None
 
 
 async def test_a_frozen_server_that_is_to_stop_stops_within_its_bound_once_it_goes_on(tmp_path: Path) -> None:
-    bounds: dict[str, Any] = {"drain_timeout_s": 0.5, "cleanup_timeout_s": 0.5, "release_timeout_s": 0.5}
+    bounds: dict[str, Any] = {"drain_timeout_s": 0.5, "cleanup_timeout_s": 1.5, "release_timeout_s": 1}
+    bounds["shutdown_timeout_s"] = 4
     async with open_upstream() as upstream, open_lastcall(SERVE, tmp_path, model_url=upstream.url, **bounds) as server:
         async with (
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=4 * CAP_S) as client,
@@ -65,7 +66,7 @@ async def test_a_frozen_server_that_is_to_stop_stops_within_its_bound_once_it_go
             nursery.start_soon(stream.run, client, "POST", turns, {"input": "rate=20"})
             await stream.begun.wait()
             server.signal_group(signal.SIGSTOP)
-            await trio.sleep(1.5)  # the freeze
+            await trio.sleep(4.5)  # the freeze
             server.signal_main(signal.SIGTERM)
             server.signal_group(signal.SIGCONT)
             gone = await wait_gone(server)

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from bench.server_process import ROOT, python_command
-from tests.process.lastcall import APPLICATION, CAP_S
+from tests.process.lastcall import APPLICATION, CAP_S, PATIENT
 
 pytestmark = pytest.mark.parallel
 
@@ -35,8 +35,8 @@ async def serving(listener: socket.socket, log: Path, way: str, workers: int) ->
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
     env |= {"LASTCALL_STORE_URL": f"sqlite:{log.parent}/lastcall.db", "LASTCALL_LOG_FORMAT": "json"}
-    env |= {"LASTCALL_DRAIN_TIMEOUT_S": "0"}
-    with trio.fail_after(2 * CAP_S), log.open("wb") as output:
+    env |= {"LASTCALL_DRAIN_TIMEOUT_S": "0", **PATIENT}
+    with trio.fail_after(4 * CAP_S), log.open("wb") as output:
         process = await trio.lowlevel.open_process(
             command,
             env=env,
@@ -68,7 +68,7 @@ async def stop(process: trio.Process) -> int:
 
 
 async def health(port: int) -> int:
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=CAP_S) as client:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=3 * CAP_S) as client:
         return (await client.get("/healthz")).status_code
 
 

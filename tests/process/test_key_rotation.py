@@ -26,7 +26,8 @@ def replace(file: Path, text: str) -> None:
 async def statuses(server: ServerProcess, key: str) -> set[int]:
     """The statuses of twenty calls, each on a connection of its own, so that each process answers some of them."""
     address, limits = f"http://127.0.0.1:{server.port}", httpx.Limits(max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=address, headers={"Authorization": f"Bearer {key}"}, limits=limits) as client:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=CAP_S) as client:
         return {(await client.get("/sessions")).status_code for _ in range(20)}
 
 

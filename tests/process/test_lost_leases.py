@@ -16,18 +16,22 @@ from tests.postgres_server import PostgresServer, needed_binaries
 from tests.process.clients import Stream, all_begun, new_session, start, wait_until
 from tests.process.lastcall import CAP_S, SERVE, open_lastcall, wait_gone
 
-BEAT_S, LEASE_S = 0.3, 2.0
-_ARGV = python_command(
-    "-c",
-    "import sys\n"
-    "from service.storage.postgres import beats, owners\n"
-    f"beats.BEAT_S, owners.LEASE_S, owners.GAP_S = {BEAT_S}, {LEASE_S}, 1.0\n"
-    "from service.__main__ import main\n"
-    "sys.argv = ['lastcall', 'serve']\n"
-    "sys.exit(main())",
-)
-"""A server whose lease is short."""
+BEAT_S, LEASE_S = 0.3, 4.0
+"""A pause of the machine holds up no beat for so long."""
 CRASHED = 71
+
+
+def command(lease_s: float) -> list[str]:
+    """The command of a server that takes others for dead after so many seconds without a beat."""
+    return python_command(
+        "-c",
+        "import sys\n"
+        "from service.storage.postgres import beats, owners\n"
+        f"beats.BEAT_S, owners.LEASE_S, owners.GAP_S = {BEAT_S}, {lease_s}, 1.0\n"
+        "from service.__main__ import main\n"
+        "sys.argv = ['lastcall', 'serve']\n"
+        "sys.exit(main())",
+    )
 
 
 class Model:
@@ -76,12 +80,12 @@ async def open_model() -> AsyncIterator[Model]:
 
 @asynccontextmanager
 async def open_short_leased(
-    folder: Path, model: Model, url: str, **settings: Any
+    folder: Path, model: Model, url: str, *, lease_s: float = LEASE_S, **settings: Any
 ) -> AsyncIterator[tuple[ServerProcess, httpx.AsyncClient]]:
     await trio.Path(folder).mkdir()
     settings = {"LASTCALL_STORE_URL": url, "model_url": model.url, **settings}
     async with (
-        open_lastcall(SERVE, folder, argv=_ARGV, **settings) as server,
+        open_lastcall(SERVE, folder, argv=command(lease_s), **settings) as server,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=4 * CAP_S) as client,
     ):
         yield server, client
@@ -94,7 +98,7 @@ async def test_a_process_that_was_frozen_past_its_lease_changes_nothing_and_tell
         opened = partial(open_short_leased, url=postgres.url, store_schema=schema)
         async with (
             open_model() as model,
-            opened(tmp_path / "zombie", model) as (zombie, at_zombie),
+            opened(tmp_path / "zombie", model, lease_s=60) as (zombie, at_zombie),
             opened(tmp_path / "other", model) as (_, at_other),
             trio.open_nursery() as nursery,
         ):

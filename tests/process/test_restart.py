@@ -63,7 +63,10 @@ async def test_without_any_settings_sessions_and_the_result_of_the_stop_outlive_
     assert seen[:2] == seen[2:]
     assert (seen[0]["message_count"], seen[0]["idle_timeout_s"]) == (2, 30 * 24 * 3600)
     beside = {f"lastcall.db-{it}" for it in ("owners", "reserve", "shutdowns")}
-    assert {it.name for it in folder.iterdir()} == {"lastcall.db", *beside}
+    left = {it.name for it in folder.iterdir()} - {"lastcall.db", *beside}
+    # Where several processes close the store at the same moment, SQLite may take none of them for the last one.
+    assert not left or (host.processes > 1 and left <= {"lastcall.db-wal", "lastcall.db-shm"})
+    assert {"lastcall.db", *beside} <= {it.name for it in folder.iterdir()}
 
 
 @pytest.mark.parametrize("host", [SERVE, HYPERCORN_1], ids=str)
