@@ -526,32 +526,41 @@ async def break_without_done(connection: Connection) -> None:
     await connection.send(b"7\r\nin the m")
 
 
+ALL_BUT_DONE = b"".join(b"data: %b\n\n" % json.dumps(it).encode() for it in (delta("whole"), finish(), usage(1, 2)))
+"""In one piece: the clients of these servers wait for the usage for a moment only."""
+
+
 async def hang_without_done(connection: Connection) -> None:
     await connection.receive_request()
     await connection.send_head()
-    for payload in (delta("whole"), finish(), usage(1, 2)):
-        await connection.send_event(payload)
+    await connection.send_body(ALL_BUT_DONE)
     await connection.wait_closed()
 
 
 async def comment_for_ever_without_done(connection: Connection) -> None:
     await connection.receive_request()
     await connection.send_head()
-    for payload in (delta("whole"), finish(), usage(1, 2)):
-        await connection.send_event(payload)
+    await connection.send_body(ALL_BUT_DONE)
     while True:
         await connection.send_body(b": still here\n\n")
         await trio.sleep(0.001)
 
 
 @pytest.mark.parametrize(
-    "behave",
-    [end_without_done, close_without_done, break_without_done, hang_without_done, comment_for_ever_without_done],
+    ("behave", "timeout_s"),
+    [
+        (end_without_done, WAIT_S),
+        (close_without_done, WAIT_S),
+        (break_without_done, WAIT_S),
+        (hang_without_done, 0.05),
+        (comment_for_ever_without_done, 0.05),
+    ],
 )
 async def test_a_reply_with_a_finish_reason_is_whole_without_done(
-    behave: Behaviour, monkeypatch: pytest.MonkeyPatch
+    behave: Behaviour, timeout_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openai_compatible, "_USAGE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(openai_compatible, "_USAGE_TIMEOUT_S", timeout_s)
+    monkeypatch.setattr(openai_compatible, "_REUSE_TIMEOUT_S", timeout_s)
     async with open_upstream(behave) as upstream:
         reply = await ask(upstream.client)
     assert reply.text == "whole"
@@ -649,7 +658,9 @@ async def test_a_whole_reply_leaves_its_connection_to_the_next_turn() -> None:
         assert upstream.server.connections_made == 1
 
 
-async def test_a_whole_reply_whose_response_does_not_end_costs_its_connection() -> None:
+async def test_a_whole_reply_whose_response_does_not_end_costs_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_compatible, "_REUSE_TIMEOUT_S", 0.05)
+
     async def keep_the_end(connection: Connection) -> None:
         await connection.receive_request()
         await connection.send_head()

@@ -663,11 +663,15 @@ async def test_a_call_without_an_answer_has_no_request_id_of_the_call_before_it(
         await connection.receive_request()
         await connection.send_response(401, b"", {"x-request-id": "a"})
         await connection.receive_request()
+        unanswered.cancel()
+        await connection.wait_closed()
 
+    unanswered = trio.CancelScope()
     async with open_upstream(answer_once) as upstream:
         with log_context(turn_id="t"):
             await failure_of(upstream.client)
             assert current_ids()["upstream_request_id"] == "a"
-            with trio.move_on_after(0):
+            with unanswered:
                 await failure_of(upstream.client)
+            assert unanswered.cancelled_caught
             assert "upstream_request_id" not in current_ids()
