@@ -41,6 +41,11 @@ from service.storage.records import BegunTurn, TurnRecord
 from service.telemetry.metrics.metrics import Metrics
 from service.telemetry.tracing import Tracing
 
+CAP_S = 60
+"""Bound on a step of a store with threads: no pause of this process is so long."""
+IN_A_FILE = {"store_timeout_s": CAP_S, "cleanup_timeout_s": CAP_S}
+"""The settings of a stage on such a store, whose clock is the real one."""
+
 
 class LeavesPathsOut(MemoryStore):
     """Has only paths that are too long to be read with a write."""

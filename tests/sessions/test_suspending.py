@@ -55,7 +55,7 @@ from service.storage.sqlite import open_sqlite_store
 from service.telemetry.metrics import families
 from service.telemetry.metrics.families import Family
 from service.telemetry.metrics.metrics import Metrics
-from tests.sessions.puppet import Reply, Stage, TestClock, kinds, open_stage, read_all
+from tests.sessions.puppet import CAP_S, IN_A_FILE, Reply, Stage, TestClock, kinds, open_stage, read_all
 from tests.storage.rows import suspended_in
 from tests.storage.test_store_owners import take_for_dead
 
@@ -1119,12 +1119,12 @@ async def test_a_turn_whose_model_no_upstream_has_any_more_fails(autojump_clock:
 async def taken_over(path: Path, new: NewTurn = CONTINUES) -> AsyncIterator[tuple[Stage, Turn, Reply, Stage, Reply]]:
     """A turn of a process that was taken for dead, and goes on with it, as does another process; both on one file."""
     with trio.fail_after(60):
-        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead)) as stage:
+        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead), **IN_A_FILE) as stage:
             await stage.sessions.create_session(NewSession(id="s"))
             turn, reply = await begun(stage, new, "Hel", "lo")
-            await checkpoint_turns(dead, [turn], store_timeout_s=10)
+            await checkpoint_turns(dead, [turn], store_timeout_s=CAP_S)
             await take_for_dead(dead)
-            async with open_sqlite_store(path) as store, open_next(cast("MemoryStore", store)) as other:
+            async with open_sqlite_store(path) as store, open_next(cast("MemoryStore", store), **IN_A_FILE) as other:
                 await store.recover(now=other.clock())
                 _, watch = await other.sessions.open_events("s", turn.id)
                 with watch:
@@ -1155,7 +1155,7 @@ async def test_a_process_that_was_taken_for_dead_tells_no_end_of_a_turn_that_goe
         reply.say("!")
         await wait_all_tasks_blocked()
         asked = stage.store.suspend_turns = Recorder()  # type: ignore[method-assign]
-        await checkpoint_turns(stage.store, [turn], store_timeout_s=10)
+        await checkpoint_turns(stage.store, [turn], store_timeout_s=CAP_S)
         with pytest.raises(TurnMovedError):
             await turn.wait_ended()
         assert asked.calls == 0, "there is nothing to give to the store"
@@ -1187,10 +1187,10 @@ async def test_an_end_is_told_once_where_another_process_has_ended_the_last_atte
     monkeypatch.setattr("service.storage.rules.ATTEMPTS_MAX", 1)
     path = tmp_path / "lastcall.db"
     with trio.fail_after(60):
-        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead)) as stage:
+        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead), **IN_A_FILE) as stage:
             await stage.sessions.create_session(NewSession(id="s"))
             turn, reply = await begun(stage, CONTINUES, "Hello")
-            await checkpoint_turns(dead, [turn], store_timeout_s=10)
+            await checkpoint_turns(dead, [turn], store_timeout_s=CAP_S)
             await take_for_dead(dead)
             async with open_sqlite_store(path) as store:
                 await store.recover(now=stage.clock())
@@ -1199,7 +1199,7 @@ async def test_an_end_is_told_once_where_another_process_has_ended_the_last_atte
             else:
                 reply.say("!")
                 await wait_all_tasks_blocked()
-                await checkpoint_turns(dead, [turn], store_timeout_s=10)
+                await checkpoint_turns(dead, [turn], store_timeout_s=CAP_S)
             told = await read_all(turn.log)
             with pytest.raises(TurnMovedError):
                 await turn.wait_ended()
@@ -1218,14 +1218,15 @@ async def test_a_turn_whose_session_another_process_has_deleted_has_its_end_told
 
 async def test_a_queued_turn_that_another_process_has_does_not_start_and_ends_there(tmp_path: Path) -> None:
     with trio.fail_after(60):
-        async with open_sqlite_store(tmp_path / "lastcall.db") as dead, open_stage(cast("MemoryStore", dead)) as stage:
+        path = tmp_path / "lastcall.db"
+        async with open_sqlite_store(path) as dead, open_stage(cast("MemoryStore", dead), **IN_A_FILE) as stage:
             await stage.sessions.create_session(NewSession(id="s"))
             _, reply = await begun(stage, CONTINUES, "Hello")
             queues = msgspec.structs.replace(CONTINUES, on_conflict="queue")
             turn, watch = await stage.sessions.start_turn("s", queues)
             watch.release()
             await take_for_dead(dead)
-            async with open_sqlite_store(tmp_path / "lastcall.db") as store:
+            async with open_sqlite_store(path) as store:
                 await store.recover(now=stage.clock())
                 reply.finish()
                 with pytest.raises(TurnMovedError):
@@ -1718,8 +1719,8 @@ async def test_an_adopted_turn_that_cannot_be_restored_fails_once_and_the_others
         async with AsyncExitStack() as stack:
             store: Any = MemoryStore()
             if in_file:
-                store = await stack.enter_async_context(open_sqlite_store(tmp_path / "lastcall.db", close_timeout_s=5))
-            async with open_stage(store) as stage:
+                store = await stack.enter_async_context(open_sqlite_store(tmp_path / "lastcall.db"))
+            async with open_stage(store, **IN_A_FILE) as stage:
                 await stage.sessions.create_session(NewSession(id="s"))
                 await begun(stage, CONTINUES, "Hel", "lo")
                 await stage.sessions.start_turn("s", msgspec.structs.replace(CONTINUES, on_conflict="queue"))
@@ -1735,7 +1736,7 @@ async def test_an_adopted_turn_that_cannot_be_restored_fails_once_and_the_others
                 return {"s": msgspec.structs.replace(adoptions["s"], turns=adopted)}
 
             store.adopt_turns = adopt_unfit
-            async with open_next(store) as other:
+            async with open_next(store, **IN_A_FILE) as other:
                 with capture_logs() as lines:
                     await sweep(other)
                 assert [line["turn_id"] for line in lines if line["log_level"] == "error"] == [ids[unfit]]
@@ -1751,6 +1752,6 @@ async def test_an_adopted_turn_that_cannot_be_restored_fails_once_and_the_others
                 assert kinds(told) == (["turn.queued", "turn.failed"] if unfit else ["turn.resumed", "turn.failed"])
                 assert text_told(told, "Hello") == ("Hello" if unfit else "")
             store.adopt_turns = adopt_turns
-            async with open_next(store) as third:
+            async with open_next(store, **IN_A_FILE) as third:
                 assert await events_of(third, ids[unfit]) == told
                 assert (await third.sessions.get_turn("s", ids[unfit])).text == ""

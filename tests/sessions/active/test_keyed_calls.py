@@ -29,7 +29,7 @@ from service.storage.memory import MemoryStore
 from service.storage.records import BegunTurn, IdempotencyKey
 from service.storage.sqlite import open_sqlite_store
 from tests.sessions.late_store import LateStore, Outcome, open_late_store
-from tests.sessions.puppet import Stage, open_stage
+from tests.sessions.puppet import IN_A_FILE, Stage, open_stage
 from tests.sessions.unreliable_store import UnreliableStore
 
 TIMEOUT_S = 5.0
@@ -417,8 +417,8 @@ async def test_of_two_processes_that_start_a_turn_with_one_key_at_once_one_does(
     async with (
         open_sqlite_store(tmp_path / "lastcall.db", address="unix:here") as here,
         open_sqlite_store(tmp_path / "lastcall.db", address="unix:there") as there,
-        open_stage(cast("MemoryStore", here)) as one,
-        open_stage(cast("MemoryStore", there)) as other,
+        open_stage(cast("MemoryStore", here), **IN_A_FILE) as one,
+        open_stage(cast("MemoryStore", there), **IN_A_FILE) as other,
     ):
         await one.sessions.create_session(NewSession(id="s"))
         stages = {"here": (one, here, sessions[0]), "there": (other, there, sessions[1])}

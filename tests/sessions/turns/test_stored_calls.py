@@ -15,7 +15,7 @@ from service.sessions.events.events import Event, TurnArguments, TurnCall, TurnD
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.storage.records import TurnRecord, is_json_object
 from service.storage.sqlite import open_sqlite_store
-from tests.sessions.puppet import Reply, open_stage, read_all
+from tests.sessions.puppet import CAP_S, IN_A_FILE, Reply, open_stage, read_all
 from tests.storage.conftest import MEMORY_DISK
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=4) | st.just("x" * 300)
@@ -49,7 +49,7 @@ def take(reply: Reply, step: str, text: str | None, calls: int) -> int:
 
 
 async def run(script: Sequence[tuple[str, str | None]], end: str, path: str) -> None:
-    async with open_sqlite_store(path) as store, open_stage(store) as stage:  # type: ignore[arg-type]
+    async with open_sqlite_store(path) as store, open_stage(store, **IN_A_FILE) as stage:  # type: ignore[arg-type]
         session = (await stage.sessions.create_session(NewSession())).id
         turn, watch = await stage.sessions.start_turn(session, NewTurn(text="hi", background=True))
         watch.release()
@@ -60,7 +60,7 @@ async def run(script: Sequence[tuple[str, str | None]], end: str, path: str) -> 
             if step in ("deliver", "checkpoint"):
                 await trio.testing.wait_all_tasks_blocked()
             if step == "checkpoint":
-                await checkpoint_turns(store, [turn], store_timeout_s=5)
+                await checkpoint_turns(store, [turn], store_timeout_s=CAP_S)
         await trio.testing.wait_all_tasks_blocked()
         stored_seq = turn.stored_seq
         if end == "finish":
@@ -71,7 +71,7 @@ async def run(script: Sequence[tuple[str, str | None]], end: str, path: str) -> 
             await stage.sessions.cancel_turn(session, turn.id)
         ended = await turn.wait_ended()
         live = await read_all(turn.log)
-    async with open_sqlite_store(path) as store, open_stage(store) as stage:  # type: ignore[arg-type]
+    async with open_sqlite_store(path) as store, open_stage(store, **IN_A_FILE) as stage:  # type: ignore[arg-type]
         await store.recover(now=stage.clock())
         kept = await stage.sessions.get_turn(session, turn.id)
         log, _ = await stage.sessions.open_events(session, turn.id)
