@@ -20,6 +20,7 @@ from service.supervisor import Service, open_service
 from tests.storage.sqlite.faulty_disk import FaultyDisk
 
 TIMEOUT_S = 0.2
+CAP_S = 60
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ async def _times_out(clock: MockClock, call: Callable[[], Awaitable[object]], *,
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(make_call)
-        await trio.to_thread.run_sync(after.wait)
+        assert await trio.to_thread.run_sync(after.wait, CAP_S), "it did not come to the commit"
         while not answered.is_set():
             await wait_all_tasks_blocked()
             clock.jump(TIMEOUT_S)
