@@ -18,7 +18,7 @@ from tests.cluster.faults import DATABASE, Faults
 from tests.cluster.history import Fault, History
 from tests.postgres_server import needed_binaries
 
-CAP_S = 150
+CAP_S = 300
 """Bound of the whole test; not a promise of the service."""
 CLIENTS = 8
 SEED = 17
