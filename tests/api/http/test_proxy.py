@@ -1214,9 +1214,12 @@ async def wait_for(replies: list[Reply], count: int = 1) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a change, also while the clock of the test stands still."""
-    while not condition():
+    """Wait for a change, also while the clock of the test stands still, by which no bound is ever over."""
+    for _ in range(CAP_S * 200):
+        if condition():
+            return
         await trio.to_thread.run_sync(time.sleep, 0.005)
+    raise AssertionError("the change has not come")
 
 
 async def pass_time(clock: MockClock, seconds: float) -> None:

@@ -294,10 +294,13 @@ def test_a_whole_number_is_one_however_it_is_written(number: str) -> None:
     assert read == float(number)
 
 
+TRIES = 5
+"""Caches and a shared core cost processor time, too: a step takes no longer than its shortest try."""
 FRAGMENTS = ["[", "]", "{", "}", ",", ":", '"', "\\", "\\u0041", "\\ud83d", "0", "9" * 300, "1e5", "-", ".5", " ", "\n",
              "null", '"a":', '"a":0,', '"",', "\x00", "é", "\N{GRINNING FACE}"]  # fmt: skip
 
 
+@pytest.mark.serial
 @given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=5).map("".join), st.booleans())
 @example("\\n\N{GRINNING FACE}", True)
 @example('"a":0,', False)
@@ -307,7 +310,7 @@ def test_no_body_takes_long_to_read(fragment: str, in_text: bool) -> None:
     raw = (before + fragment * (room // len(fragment.encode())) + after).encode()
     for step in (check_structure, parse):
         took_s: list[float] = []
-        while not took_s or (min(took_s) > STEP_MAX_S and len(took_s) < 3):
+        while not took_s or (min(took_s) > STEP_MAX_S and len(took_s) < TRIES):
             began_at = time.thread_time()
             try:
                 step(raw)
