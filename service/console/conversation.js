@@ -284,10 +284,7 @@ export class Conversation {
   #show() {
     const wanted = this.#window.filter((it) => this.#records.has(it));
     const known = this.#pending?.id;
-    if (known && wanted.includes(known)) {
-      this.#views.set(known, this.#pending);
-      this.#pending = null;
-    }
+    if (known && wanted.includes(known)) this.#settle();
     for (const [id, view] of [...this.#views]) {
       if (wanted.includes(id)) continue;
       view.close();
@@ -315,6 +312,16 @@ export class Conversation {
     this.#showBlank();
     this.#showRunning();
     this.#stick();
+  }
+
+  /** The message that was on its way has its turn: its view replaces the one that a look at the server may have made meanwhile. */
+  #settle() {
+    const { id } = this.#pending;
+    const twin = this.#views.get(id);
+    twin?.close();
+    twin?.element.remove();
+    this.#views.set(id, this.#pending);
+    this.#pending = null;
   }
 
   /** The last reply asks for the outputs of its calls; and so does the one whose outputs are edited. */
@@ -421,7 +428,7 @@ export class Conversation {
 
   /** Sends what is in the outbox, and follows the turn. */
   #start(sent) {
-    if (this.#pending) this.#views.set(this.#pending.id, this.#pending);
+    if (this.#pending) this.#settle();
     this.#say("");
     const view = (this.#pending = this.#newView(sent.input));
     if (sent.parent !== undefined) this.#hideAfter(sent.parent);
@@ -479,6 +486,7 @@ export class Conversation {
         if (sent) outbox.drop(sent);
         if (!isMine()) return;
         this.#followers.set(stream.turnId, follower);
+        if (view === this.#pending && this.#views.has(stream.turnId)) this.#settle();
         this.#waitsNoLonger();
         this.#known = "";
         this.#acts.tell(this.#id);

@@ -163,6 +163,27 @@ async def test_a_message_whose_answer_was_lost_with_the_page_is_sent_once(tabs: 
     assert [it[1] for it in await chat.turns()] == ["Only once"]
 
 
+async def test_a_message_whose_answer_was_lost_is_shown_once(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("slow")
+    tabs.expected.append("ERR_CONNECTION_RESET")
+    chat = await open_chat(tabs, session)
+    await chat.page.hold_answers("*/sessions/*/turns")
+    await chat.send("Only once")
+    with trio.fail_after(30):
+        while not await turns_of(tabs, session):  # noqa: ASYNC110  another process's store sets no event
+            await trio.sleep(0.02)
+    await chat.page.get("document.dispatchEvent(new Event('visibilitychange')), null")  # the page looks at the server
+    await chat.page.wait_for("document.querySelector('.turn[data-state=running]') !== null")
+    assert [it[:2] for it in await chat.turns()] == [["running", "Only once"], ["sending", "Only once"]]
+    await chat.page.lose_held_answer("POST")
+    await chat.page.wait_for("document.querySelector('.turn[data-state=sending]') === null")
+    await chat.replies("0 1 2 3")
+    await chat.press("Stop")
+    await chat.is_in("cancelled")
+    assert [it[:2] for it in await chat.turns()] == [["cancelled", "Only once"]]
+    assert len(await turns_of(tabs, session)) == 1
+
+
 async def test_two_tabs_on_one_conversation_show_the_same(tabs: Tabs) -> None:
     session = await tabs.server.new_session("slow")
     one, other = await open_chat(tabs, session), await open_chat(tabs, session)
