@@ -6,10 +6,10 @@ import { ago, count, counted, until } from "./format.js";
 import { Follower } from "./follower.js";
 import { LastcallError } from "./lastcall.js";
 import { copy } from "./markdown.js";
+import { outbox, sending } from "./outbox.js";
 import { TurnView } from "./turn.js";
 import { refused, waits } from "./words.js";
 
-const OUTBOX = "lastcall.outbox";
 const TIMELINES = "lastcall.timelines";
 const SHOWN = 30; // turns at first, the newest
 const AT_ONCE = 6; // requests
@@ -24,12 +24,7 @@ function newName() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((it) => it.toString(16).padStart(2, "0")).join("");
 }
 
-/** What this tab has sent and no answer has come for: a reload sends it again with its key, and it is done once. */
-const outbox = {
-  get: () => JSON.parse(sessionStorage.getItem(OUTBOX) ?? "null"),
-  put: (sent) => sessionStorage.setItem(OUTBOX, JSON.stringify(sent)),
-  drop: (sent) => outbox.get()?.key === sent.key && sessionStorage.removeItem(OUTBOX),
-};
+const drafts = new Map(); // what was written and not sent yet, by session; null: for a new conversation
 
 /** `acts`: `changed(session)`, `gone(id)`, `tell(id)` other tabs, `rename(session)`, `remove(session)`, `back()`. */
 export class Conversation {
@@ -50,7 +45,6 @@ export class Conversation {
   #isStale = false;
   #known = "";
   #editing = null;
-  #drafts = new Map();
   #sticks = true;
 
   #title = h("h2", { class: "talk-title", dir: "auto" });
@@ -93,6 +87,8 @@ export class Conversation {
     context.signal.addEventListener("abort", () => {
       clearInterval(poll);
       this.#leave();
+      this.#id = null;
+      this.#deliver();
     });
   }
 
@@ -132,26 +128,34 @@ export class Conversation {
     if (id === this.#id && this.#known !== "") return this.refresh();
     this.#leave();
     this.#id = id;
-    this.#box.value = this.#drafts.get(id) ?? "";
+    const { signal } = this.#work;
+    const sent = outbox.claim(id);
+    this.#deliver();
+    this.#box.value = drafts.get(id) ?? "";
     this.#fit();
     this.#say("");
     this.#showHead();
     this.#showBlank();
+    if (sent?.refusal) this.#giveBack(sent, sent.refusal);
+    else if (sent) this.#start(sent);
     if (id === null) return;
-    const sent = outbox.get()?.sessionId === id ? outbox.get() : null;
-    if (!sent?.title) {
+    if (sent?.title === undefined || sent.refusal) {
       this.#scroller.setAttribute("aria-busy", "true");
       await this.refresh({ isFirst: true });
       this.#scroller.removeAttribute("aria-busy");
     }
-    if (sent && this.#id === id) this.#start(sent);
-    this.#toEnd();
+    if (!signal.aborted) this.#toEnd();
+  }
+
+  /** Has the messages sent that wait in other conversations. */
+  #deliver() {
+    outbox.deliver(this.#context.service, this.#id, this.#acts.changed);
   }
 
   #leave() {
     this.#work.abort();
     this.#work = new AbortController();
-    if (this.#id !== null || this.#box.value) this.#drafts.set(this.#id, this.#editing ? "" : this.#box.value);
+    if (this.#id !== null || this.#box.value) drafts.set(this.#id, this.#editing ? "" : this.#box.value);
     for (const view of [...this.#views.values(), this.#pending]) view?.close();
     this.#views.clear();
     this.#followers.clear();
@@ -236,9 +240,10 @@ export class Conversation {
     if (error.status === 401) return;
     if (error.code === "session_not_found") {
       const id = this.#id;
-      if (outbox.get()?.sessionId === id) return; // its first message is on its way
+      if (outbox.of(id)) return; // its first message is on its way
       this.#leave();
       this.#id = null;
+      if (!drafts.get(null)) drafts.set(null, drafts.get(id) ?? ""); // its words begin another one
       this.#context.toast(refused(error), { kind: "error" });
       this.#acts.gone(id);
       return;
@@ -366,14 +371,15 @@ export class Conversation {
   }
 
   async #readReasoning(turn, markdown) {
+    const { signal } = this.#work;
     try {
-      for await (const event of this.#context.client.events(turn.session_id, turn.id, { signal: this.#work.signal })) {
+      for await (const event of this.#context.client.events(turn.session_id, turn.id, { signal })) {
         if (event.type === "turn.reasoning") markdown.append(event.text);
         if (event.type === "turn.delta") break;
       }
       markdown.end();
     } catch (error) {
-      if (!this.#work.signal.aborted) markdown.append(`*${refused(error)}*`);
+      if (!signal.aborted) markdown.append(`*${refused(error)}*`);
     }
   }
 
@@ -390,7 +396,7 @@ export class Conversation {
       sent.title = titleOf(text);
     } else sent.sessionId = this.#id;
     this.#box.value = "";
-    this.#drafts.delete(this.#id);
+    drafts.delete(this.#id);
     this.#edit(null, { isSent: true });
     this.#fit();
     outbox.put(sent);
@@ -428,6 +434,7 @@ export class Conversation {
 
   /** Sends what is in the outbox, and follows the turn. */
   #start(sent) {
+    const { signal } = this.#work;
     if (this.#pending) this.#settle();
     this.#say("");
     const view = (this.#pending = this.#newView(sent.input));
@@ -440,28 +447,13 @@ export class Conversation {
     view.follow(follower);
     this.#showRunning();
     this.#stick();
-    const begin = (client, options) => {
-      const named = { ...options, idempotencyKey: sent.key };
-      if (sent.retry) return client.retry(sent.sessionId, sent.retry, named);
-      if (sent.parent !== undefined) named.parent = sent.parent;
-      if (sent.isQueued) named.on_conflict = "queue";
-      return client.stream(sent.sessionId, sent.input, named);
-    };
-    this.#create(sent, follower).then(() => follower.run(begin), (error) => this.#refuse(view, sent, error));
-  }
-
-  /** Makes the session of a first message. Its name is this tab's, so a repetition makes it once. */
-  async #create(sent, follower) {
-    if (sent.title === undefined) return;
-    const { client } = this.#context;
-    const onWait = (waiting) => {
-      follower.log.waits(waiting);
-      this.#say(waits(waiting), "wait");
-    };
-    const named = { id: sent.sessionId, title: sent.title, idempotencyKey: `${sent.key}-session` };
-    this.session = await client.createSession({ ...named, signal: this.#work.signal, onWait });
-    this.#acts.changed(this.session);
-    this.#showHead();
+    follower.run(
+      sending(sent, (session) => {
+        this.#acts.changed(session);
+        if (!signal.aborted) this.session = session;
+        if (!signal.aborted) this.#showHead();
+      }),
+    );
   }
 
   /** While an edit or a retry begins, the turns that it leaves are hidden. */
@@ -539,19 +531,30 @@ export class Conversation {
     return `The reply has ended: ${end?.type.slice(5) ?? "complete"}.`;
   }
 
-  /** The server did not take the message: it goes back into the box, or into the form of the calls. */
+  /** The server did not take the message. Where it asks for a key it waits on: with another key the view is shown anew, and sends it. */
   #refuse(view, sent, error) {
-    if (this.#work.signal.aborted) return;
-    if (sent) outbox.drop(sent);
+    const words = refused(error);
+    this.#context.say(words);
+    if (sent && error.status === 401) {
+      view.waiting(true);
+      this.#say(words, "error");
+      return;
+    }
     this.#drop(view);
     this.#followers.delete(view.id);
-    if (sent && Array.isArray(sent.input)) keepOutputs(sent.parent, sent.input);
-    else if (sent && !sent.retry && !this.#box.value) this.#fill(sent.input);
-    this.#say(refused(error), "error");
-    this.#context.say(refused(error));
+    if (sent) this.#giveBack(sent, words);
+    else this.#say(words, "error");
     this.#known = "";
     this.refresh();
     this.#showRunning();
+  }
+
+  /** A message that was refused goes back into the box, before what was written there since, or into the form of the calls. */
+  #giveBack(sent, words) {
+    outbox.drop(sent);
+    if (Array.isArray(sent.input)) keepOutputs(sent.parent, sent.input);
+    else if (!sent.retry) this.#fill([sent.input, this.#box.value].filter(Boolean).join("\n\n"));
+    this.#say(words, "error");
   }
 
   get #running() {
@@ -576,11 +579,12 @@ export class Conversation {
       this.#say("The message is on its way. It can be stopped when the server has it.", "wait");
       return;
     }
+    const { signal } = this.#work;
     this.#stop.disabled = true;
     try {
-      await this.#context.client.cancel(this.#id, view.id, { signal: this.#work.signal });
+      await this.#context.client.cancel(this.#id, view.id, { signal });
     } catch (error) {
-      if (!this.#work.signal.aborted) this.#say(refused(error), "error");
+      if (!signal.aborted) this.#say(refused(error), "error");
     } finally {
       this.#stop.disabled = false;
     }
@@ -605,13 +609,14 @@ export class Conversation {
   }
 
   async #fork(view) {
+    const { signal } = this.#work;
     try {
-      const copied = await this.#context.client.forkSession(this.#id, { at: view.turn.id, signal: this.#work.signal });
+      const copied = await this.#context.client.forkSession(this.#id, { at: view.turn.id, signal });
       this.#acts.changed(copied);
       this.#context.toast("This is a copy of the conversation up to that reply.");
       this.#acts.go(copied.id);
     } catch (error) {
-      if (!this.#work.signal.aborted) this.#say(refused(error), "error");
+      if (!signal.aborted) this.#say(refused(error), "error");
     }
   }
 
@@ -624,12 +629,13 @@ export class Conversation {
     for (const { id, parent } of this.#tree.values()) parents.set(parent, id); // the newest one of each
     let leaf = next;
     while (parents.has(leaf)) leaf = parents.get(leaf);
+    const { signal } = this.#work;
     try {
-      await this.#context.client.switchTo(this.#id, leaf, { seenHead: this.session.head, signal: this.#work.signal });
+      await this.#context.client.switchTo(this.#id, leaf, { seenHead: this.session.head, signal });
       this.#acts.tell(this.#id);
       this.#sticks = false;
     } catch (error) {
-      if (this.#work.signal.aborted) return;
+      if (signal.aborted) return;
       this.#say(refused(error), "error");
     }
     this.#known = "";

@@ -25,7 +25,7 @@ export class Follower {
     this.log = new TurnLog(startedAt);
   }
 
-  /** Reads the turn that `open(client, options)` begins or finds. Returns when it has ended, or was left. */
+  /** Reads the turn that `open(client, options)` begins or finds, perhaps after other calls. Returns when it has ended, or was left. */
   async run(open) {
     const client = new Client(ADDRESS, { apiKey: () => this.#service.key, fetch: this.#fetch, bounds: BOUNDS });
     let isKnown = false;
@@ -47,7 +47,7 @@ export class Follower {
       },
     };
     try {
-      this.stream = open(client, options);
+      this.stream = await open(client, options);
       for await (const event of this.stream) {
         this.log.event(event);
         tell();

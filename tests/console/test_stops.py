@@ -11,6 +11,7 @@ from tests.console.conftest import Tabs, own_server
 from tests.docs.browser import CAP_S
 
 KEY = "a-key-of-sixteen-or-more"
+OTHER_KEY = "another-key-of-the-server"
 
 
 async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(tabs: Tabs, tmp_path: Path) -> None:
@@ -106,3 +107,64 @@ async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
         await third.replies("its tasks.")
         await third.is_in("completed")
         assert len(await third.turns()) == 1
+
+
+async def test_messages_that_wait_for_the_server_or_a_key_are_all_sent_once(tabs: Tabs, tmp_path: Path) -> None:
+    tabs.expected += ["ERR_", "status of 401", "status of 503", "Failed to fetch dynamically imported module"]
+    settings = {"api_keys": f"{KEY},{OTHER_KEY}", "drain_timeout_s": "0"}
+    async with own_server(tmp_path, settings, key=KEY) as (server, process):
+        port, url = process.port, server.url
+        one, two = [await server.new_session(title=title) for title in ("One", "Two")]
+        chat = ChatPage(await tabs.open(f"#/chat/{one}", url=url))
+        await chat.page.type_in("dialog input", KEY)
+        await chat.page.press("Enter")
+        await chat.has("One", ".talk-title")
+        process.signal_main(signal.SIGTERM)
+        with trio.fail_after(CAP_S):
+            await process.wait_gone()
+
+    # While the server is away, messages are left behind in two conversations and in a new one.
+    await chat.send("For one")
+    await chat.has("Attempt ", ".status")
+    await chat.page.get(f"location.hash = '#/chat/{two}'")
+    await chat.page.wait_for("document.querySelector('.turn') === null")
+    await chat.send("For two")
+    await chat.has("Attempt ", ".status")
+    await chat.page.get("location.hash = '#/chat/new'")
+    await chat.page.wait_for("document.querySelector('.turn') === null")
+    await chat.send("Begins a conversation")
+    await chat.has("Attempt ", ".status")
+    await chat.page.get(f"location.hash = '#/chat/{one}'")
+    await chat.page.wait_for(f"{LAST}?.querySelector('.asked').textContent === 'For one'")
+    assert await chat.page.get("document.querySelector('.box').value") == ""
+    await chat.page.type_in(".box", "A draft")
+    await chat.page.get("location.hash = '#/tree'")
+    await chat.page.wait_for("document.querySelector('.view.tree')?.children.length")
+
+    async with own_server(tmp_path, settings, port=port, key=KEY) as (server, _):
+        with trio.fail_after(CAP_S):
+            while json.loads(await chat.page.get("sessionStorage.getItem('lastcall.outbox')")):  # noqa: ASYNC110  it tells its page nothing
+                await trio.sleep(0.05)
+        assert await chat.page.get("location.hash") == "#/tree"
+        sessions = {it["title"]: it["id"] for it in (await server.call("GET", "/sessions"))["data"]}
+        assert set(sessions) == {"One", "Two", "Begins a conversation"}
+        for title, text in (("One", "For one"), ("Two", "For two"), ("Begins a conversation", "Begins a conversation")):
+            turns = (await server.call("GET", f"/sessions/{sessions[title]}/turns"))["data"]
+            assert [it["input"] for it in turns] == [text]
+
+        # A key that is revoked keeps the message, too, and what is written meanwhile.
+        await chat.page.get(f"location.hash = '#/chat/{one}'")
+        await chat.is_in("completed")
+        assert await chat.page.get("document.querySelector('.box').value") == "A draft"
+        await chat.page.get("sessionStorage.setItem('lastcall.key', 'a-key-that-was-revoked'), null")
+        await chat.send("Please keep me")
+        await chat.has("This server asks for a key", "dialog")
+        await chat.has("The server asks for a key.", ".status")
+        await chat.page.get("document.querySelector('.box').value = 'Another draft', null")
+        await chat.page.type_in("dialog input", OTHER_KEY)
+        await chat.page.press("Enter")
+        await chat.page.wait_for(f"{LAST}?.querySelector('.asked').textContent === 'Please keep me'")
+        await chat.is_in("completed")
+        assert await chat.page.get("document.querySelector('.box').value") == "Another draft"
+        turns = (await server.call("GET", f"/sessions/{one}/turns"))["data"]
+        assert [it["input"] for it in turns] == ["For one", "Please keep me"]
