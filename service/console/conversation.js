@@ -19,12 +19,12 @@ const NEAR = 90; // pixels from the end: the page goes on with what arrives
 const TITLE_MAX = 60;
 const ROWS_MAX = 10;
 
+const drafts = new Map(); // what was written and not sent yet, by session; null: for a new conversation
+
 /** A name for something new. `crypto.randomUUID` is not there on pages that are neither https nor of this machine. */
 function newName() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((it) => it.toString(16).padStart(2, "0")).join("");
 }
-
-const drafts = new Map(); // what was written and not sent yet, by session; null: for a new conversation
 
 /** `acts`: `changed(session)`, `gone(id)`, `tell(id)` other tabs, `rename(session)`, `remove(session)`, `back()`. */
 export class Conversation {
@@ -39,6 +39,7 @@ export class Conversation {
   #records = new Map();
   #views = new Map();
   #followers = new Map(); // by turn id
+  #resting = new Set(); // turns whose events were refused: they are not followed for a while
   #pending = null; // the view of a message that has no turn yet
   #shown = SHOWN;
   #isReading = false;
@@ -159,6 +160,7 @@ export class Conversation {
     for (const view of [...this.#views.values(), this.#pending]) view?.close();
     this.#views.clear();
     this.#followers.clear();
+    this.#resting.clear();
     this.#records.clear();
     this.#tree.clear();
     this.#log.replaceChildren();
@@ -310,7 +312,8 @@ export class Conversation {
       const next = before ? before.nextElementSibling : this.#log.firstElementChild;
       if (next !== view.element) this.#log.insertBefore(view.element, next);
       before = view.element;
-      if (!turn.ended_at && !this.#followers.has(id) && this.#followers.size < FOLLOWED_MAX) this.#follow(turn, view);
+      const isFollowable = !turn.ended_at && !this.#followers.has(id) && !this.#resting.has(id);
+      if (isFollowable && this.#followers.size < FOLLOWED_MAX) this.#follow(turn, view);
     }
     if (this.#pending) this.#log.append(this.#pending.element);
     this.#askOutputs();
@@ -450,8 +453,9 @@ export class Conversation {
     follower.run(
       sending(sent, (session) => {
         this.#acts.changed(session);
-        if (!signal.aborted) this.session = session;
-        if (!signal.aborted) this.#showHead();
+        if (signal.aborted) return;
+        this.session = session;
+        this.#showHead();
       }),
     );
   }
@@ -519,11 +523,25 @@ export class Conversation {
     if (error && !id) return this.#refuse(view, sent, error);
     this.#followers.delete(id);
     this.#known = "";
-    if (error) this.#say(refused(error), "error");
-    else this.#context.say(this.#endWords(follower.stream.end));
+    if (error) {
+      this.#say(refused(error), "error");
+      this.#rest(id);
+    } else this.#context.say(this.#endWords(follower.stream.end));
     await this.refresh();
     this.#showRunning();
     this.#acts.tell(this.#id);
+  }
+
+  /** A turn whose events are refused, while its record can be read, is followed again after a pause. */
+  #rest(id) {
+    const { signal } = this.#work;
+    this.#resting.add(id);
+    setTimeout(() => {
+      if (signal.aborted) return;
+      this.#resting.delete(id);
+      this.#known = "";
+      if (this.#isVisible()) this.refresh();
+    }, POLL_MS);
   }
 
   #endWords(end) {

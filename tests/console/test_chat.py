@@ -163,6 +163,65 @@ async def test_a_message_whose_answer_was_lost_with_the_page_is_sent_once(tabs: 
     assert [it[1] for it in await chat.turns()] == ["Only once"]
 
 
+REFUSED_MESSAGES = """(() => {
+  const real = fetch;
+  const isLetGo = new Promise((done) => (window.letGo = done));
+  const left = ({ signal }) => new Promise((_, fail) => signal.addEventListener("abort", () => fail(signal.reason)));
+  window.fetch = async (url, options) => {
+    if (options?.method !== "POST") return real(url, options);
+    await Promise.race([isLetGo, left(options)]);
+    const headers = { "Content-Type": "application/problem+json" };
+    return new Response(JSON.stringify({ status: 409, code: "turn_in_progress" }), { status: 409, headers });
+  };
+})()"""
+"""Has the page's messages refused, once they are let go."""
+
+
+async def test_a_message_that_is_refused_after_its_conversation_was_left_is_in_its_box(tabs: Tabs) -> None:
+    session, other = await tabs.server.new_session(), await tabs.server.new_session()
+    chat = await open_chat(tabs, session)
+    await chat.page.get(REFUSED_MESSAGES)
+    await chat.send("Keep me")
+    await chat.is_in("sending")
+    await chat.page.get(f"location.hash = '#/chat/{other}'")
+    await chat.page.wait_for("document.querySelector('.turn') === null")
+    await chat.page.type_in(".box", "A draft")
+    await chat.page.get("letGo()")
+    await chat.has("A message to another conversation was refused. Another reply is being written", "#toasts")
+    assert await chat.page.get("document.querySelector('.box').value") == "A draft"
+    await chat.page.get(f"location.hash = '#/chat/{session}'")
+    await chat.page.wait_for("document.querySelector('.box').value === 'Keep me'")
+    await chat.has("Another reply is being written in this conversation", ".status")
+
+
+REFUSED_EVENTS = """(() => {
+  const real = fetch;
+  window.refusedAt = [];
+  window.fetch = async (url, options) => {
+    if (!String(url).endsWith("/events")) return real(url, options);
+    refusedAt.push(performance.now());
+    document.body.dataset.refused = refusedAt.length;
+    const problem = { status: 500, code: "internal_error", detail: "These events cannot be read." };
+    const headers = { "Content-Type": "application/problem+json" };
+    return new Response(JSON.stringify(problem), { status: 500, headers });
+  };
+})()"""
+"""Has the page's calls for the events of turns refused, and their times kept."""
+
+
+async def test_events_that_are_refused_are_asked_for_again_after_a_pause(tabs: Tabs) -> None:
+    session = await tabs.server.new_session("calm")
+    await tabs.server.say(session, "Go", background=True)
+    chat = ChatPage(await tabs.open("#/chat"))
+    await chat.page.get(REFUSED_EVENTS)
+    await chat.page.get(f"location.hash = '#/chat/{session}'")
+    await chat.page.wait_for("document.body.dataset.refused === '1'")
+    await chat.has("These events cannot be read.", ".status")
+    await chat.page.wait_for("document.body.dataset.refused >= 2")
+    first, second = (await chat.page.get("refusedAt"))[:2]
+    assert second - first >= 3900, "the pause is one of 4 s"
+
+
 async def test_a_message_whose_answer_was_lost_is_shown_once(tabs: Tabs) -> None:
     session = await tabs.server.new_session("slow")
     tabs.expected.append("ERR_CONNECTION_RESET")
