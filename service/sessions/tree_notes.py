@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-import msgspec
-
 from service.ids import owner_of, public_id
 from service.sessions.events.streams import Streams, StreamSlot
 from service.sessions.turns.turn import Turn
@@ -14,7 +12,7 @@ from service.telemetry.tree_nodes import Node, Notes
 def note_turns(turns: Iterable[Turn], notes: Notes) -> Steps[None]:
     """Name the scopes in which turns do their work. A turn whose task has not begun has no such scope yet."""
     for turn in turns:
-        notes.name(turn.deadlines.scope, _node_of_turn(turn, notes), end=_End(turn))
+        notes.name(turn.deadlines.scope, _node_of_turn(turn, notes), end=turn.ending)
         yield
 
 
@@ -44,15 +42,6 @@ def _node_of_turn(turn: Turn, notes: Notes) -> Node:
         turn=turn.id,
         model=turn.model,
     )
-
-
-class _End(msgspec.Struct, gc=False):
-    """How a turn has ended. There is one for each open turn, and the garbage collector knows of none."""
-
-    turn: Turn
-
-    def __call__(self) -> str:
-        return "suspended" if self.turn.is_suspended else self.turn.state
 
 
 def _node_of_stream(slot: StreamSlot, notes: Notes) -> Node:

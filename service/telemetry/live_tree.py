@@ -159,15 +159,17 @@ class LiveTree:
                 return last
             self._snapshots += 1
             snapshot = Snapshot(self._snapshots, now, self.moment(now))
-            if last is not None and now < self._walk_at:
-                await _take(snapshot, self._leave_out_gone(snapshot, last))
-                snapshot.took_ms, snapshot.cpu_ms = last.took_ms, last.cpu_ms
-                snapshot.longest_step_ms = max(snapshot.longest_step_ms, last.longest_step_ms)
-            else:
-                await _take(snapshot, self._walk(snapshot))
-                self._walk_at = now + min(snapshot.cpu_ms / 1000 / SHARE_MAX, WALK_WAIT_MAX_S)
-            self._last = snapshot
-            self._asked.unpark_all()
+            try:
+                if last is not None and now < self._walk_at:
+                    await _take(snapshot, self._leave_out_gone(snapshot, last))
+                    snapshot.took_ms, snapshot.cpu_ms = last.took_ms, last.cpu_ms
+                    snapshot.longest_step_ms = max(snapshot.longest_step_ms, last.longest_step_ms)
+                else:
+                    await _take(snapshot, self._walk(snapshot))
+                    self._walk_at = now + min(snapshot.cpu_ms / 1000 / SHARE_MAX, WALK_WAIT_MAX_S)
+                self._last = snapshot
+            finally:
+                self._asked.unpark_all()  # a look that is given up has mirrored a part
             return snapshot
 
     def next_look_at(self, snapshot: Snapshot, *, interval_s: float) -> float:
@@ -179,9 +181,10 @@ class LiveTree:
         """Forget the mirror once there was no look for a while. A child task of the service; sleeps without looks."""
         task_status.started()
         while True:
-            await self._asked.park()
-            while trio.current_time() < self._asked_at + KEPT_S:  # noqa: ASYNC110  one look in 30 s
-                await trio.sleep(KEPT_S)
+            while self._root is None:
+                await self._asked.park()
+            while trio.current_time() < self._asked_at + KEPT_S:  # noqa: ASYNC110  once in 30 s
+                await trio.sleep_until(self._asked_at + KEPT_S)
             await in_steps(self._forget(), step_s=STEP_S)
 
     def _forget(self) -> Steps[None]:

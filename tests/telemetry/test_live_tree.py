@@ -260,6 +260,26 @@ async def test_without_looks_nothing_is_kept(autojump_clock: MockClock) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_a_look_that_is_given_up_is_forgotten_as_any_other(autojump_clock: MockClock) -> None:
+    tree = LiveTree()
+    looking = trio.CancelScope()
+
+    def leave(_notes: Notes) -> Steps[None]:
+        looking.cancel()
+        yield
+
+    tree.add_source(leave)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(tree.run)
+        with looking:
+            await tree.look(max_age_s=0)
+        assert looking.cancelled_caught
+        assert tree._root is not None
+        await trio.sleep(KEPT_S + 1)
+        assert tree._root is None
+        nursery.cancel_scope.cancel()
+
+
 def test_names_of_functions_become_words() -> None:
     assert plain_name("service.hosting.lifespan.Hosting._receive_something") == "receive something"
     assert plain_name("service.hosting.hypercorn.unread_answers.UnreadAnswers.run") == "unread answers"

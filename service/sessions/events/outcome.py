@@ -43,6 +43,19 @@ class Suspended(msgspec.Struct, frozen=True):
     it."""
 
 
+class Ending(msgspec.Struct, gc=False):
+    """What a turn's end is called, for those who look and must not keep the turn, with its log, for that.
+
+    Attributes:
+        name: As :func:`name_of` has it, from the decision on; empty before.
+    """
+
+    name: str = ""
+
+    def __call__(self) -> str:
+        return self.name
+
+
 def failed(code: FailureCode, message: str, *, param: str | None = None) -> Failed:
     return Failed(Failure(code, message, msgspec.UNSET if param is None else param))
 

@@ -76,6 +76,8 @@ class Turn:
     error_for_log: str | None = None
     """Why the turn failed, without words of the model's server; None if it has not, or in the words of its end."""
 
+    crashed = False
+    """Whether a fault of this service ended the turn."""
     is_unreleased = False
     """Whether it was suspended, and the store has not taken that: it is still this process's there."""
     _drops_reply = False
@@ -106,8 +108,6 @@ class Turn:
         """Whether another process goes on with the turn, or has ended it, because it took this process for dead."""
         self.untold: TurnRecord | None = None
         """The end of a turn that was left because the store did not take this end."""
-        self.crashed = False
-        """Whether a fault of this service ended the turn."""
         self.path: Sequence[TurnRecord] | None = None
         """The turns for its prompt, if they came with the acceptance; its task takes them."""
         self.siblings = Siblings()
@@ -131,6 +131,8 @@ class Turn:
         """What is called when the turn has ended and no watch of it is left: gives back what is held for the turn,
         without a wait."""
         self.end: outcome.Outcome | outcome.Suspended | None = None
+        self.ending = outcome.Ending()
+        """What :attr:`end` is called."""
         self.is_ending = False
         """Whether the decided end is being stored and published, or was."""
         self.stored_seq = 0
@@ -257,6 +259,7 @@ class Turn:
         if self.end is not None:
             return False
         self.end = end
+        self.ending.name = outcome.name_of(end)
         return True
 
     def end_of_stop(self) -> outcome.Outcome | outcome.Suspended:
@@ -535,6 +538,7 @@ class Turn:
         self._spent, self._stream = self.usage, None
         if untold is None or self.is_lost:
             self._meter.count_leave(self.end)
+        self.ending.name = outcome.name_of(outcome.Suspended())
         self.log.leave()
         self.ended.set()
         if self.trace is not None:

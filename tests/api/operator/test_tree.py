@@ -1,6 +1,8 @@
 """The live tree over HTTP: a snapshot, the stream of changes, what a viewer sees of a cancelled turn and of a stop."""
 
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from math import inf
@@ -12,6 +14,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from service import steps
 from service.api.operator import tree
+from service.sessions.turns.turn import Turn
 from service.steps import Steps, at_once
 from service.telemetry import live_tree
 from service.telemetry.live_tree import LiveTree
@@ -165,6 +168,42 @@ async def test_a_cancelled_turn_leaves_a_viewer_within_half_a_second_with_its_en
             assert gone["parent"] not in viewer.nodes
             assert len(viewer.of_kind("turn")) == 2
         assert not api.service.tree.viewers
+
+
+async def test_a_turn_that_leaves_the_tree_before_its_end_is_stored_tells_this_end(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_api(model_url=SLOW) as api, trio.open_nursery() as nursery:
+        (path,) = await turns_running(api, 1)
+        store, commit = api.service.store, trio.Event()
+        end_turn = store.end_turn
+
+        async def end_turn_later(*args: Any, **named: Any) -> Any:
+            await commit.wait()
+            return await end_turn(*args, **named)
+
+        monkeypatch.setattr(store, "end_turn", end_turn_later)
+        async with viewing(api) as viewer:
+            await viewer.until("snapshot")
+            (turn,) = viewer.of_kind("turn")
+            nursery.start_soon(api.call, "POST", f"{path}/cancel")
+            while turn["id"] in viewer.nodes:
+                await viewer.until("change")
+            assert viewer.ends == {turn["id"]: "cancelled"}
+            commit.set()
+
+
+async def test_the_tree_keeps_no_turn_that_has_ended() -> None:
+    async with open_api(model_url=SLOW) as api:
+        (path,) = await turns_running(api, 1)
+        turn_id = path.rpartition("/")[2]
+        (turn,) = [weakref.ref(it) for it in gc.get_objects() if isinstance(it, Turn) and it.id == turn_id]
+        assert turn_id.encode() in (await api.call("GET", "/admin/tree")).body
+        assert (await api.call("POST", f"{path}/cancel")).status == 200
+        assert (await api.call("DELETE", path.rpartition("/turns")[0])).status == 204
+        gc.collect()
+        assert api.service.tree._root is not None, "the mirror is still there"
+        assert turn() is None
 
 
 async def test_cursors_and_deadlines_move_in_the_stream_and_silence_is_a_heartbeat(autojump_clock: MockClock) -> None:
