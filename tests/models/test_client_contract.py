@@ -12,7 +12,7 @@ from service.models.scripted import open_scripted
 from tests.models.replies import ask, asking, take
 from tests.upstreams.raw_server import DONE, delta, finish, open_raw_server, replying, usage
 
-WAIT_S = 20
+WAIT_S = 60
 REPLY = ["The", " reply", " of", " a", " raw", " server", "."]
 
 

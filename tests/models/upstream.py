@@ -19,7 +19,7 @@ from service.models.openai_compatible import OpenAICompatibleClient, open_openai
 from tests.models.replies import Reply, asking, take
 from tests.upstreams.raw_server import Behaviour, RawServer, open_raw_server
 
-WAIT_S = 20
+WAIT_S = 60
 """Bound on every wait: long enough for a busy machine; no passing test waits so long."""
 API_KEY = "sk-4f7a9c2b-do-not-show"
 

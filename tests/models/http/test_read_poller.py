@@ -14,7 +14,7 @@ from service.freezes import FreezeWatch, current_watch, watch_for_freezes
 from service.models.http.read_poller import CALLS_MAX, ReadPoller, open_read_poller
 from service.steps import STEP_S
 
-WAIT_S = 20
+WAIT_S = 60
 
 
 @pytest.fixture
