@@ -179,6 +179,7 @@ class Load:
             nursery.start_soon(self._run_sampling)
             nursery.start_soon(self._open_all, nursery, on_ready)
             await stop.wait()
+            self._count_tokens()
             nursery.cancel_scope.cancel()
         # A probe that was sent just now has no result yet.
         young = time.monotonic() - _PROBE_AGE_MIN_S
@@ -299,8 +300,11 @@ class Load:
 
     async def _run_sampling(self) -> None:
         while True:
-            self.result.tokens_by_second.append((time.monotonic(), self._tokens))
+            self._count_tokens()
             await trio.sleep(0.5)
+
+    def _count_tokens(self) -> None:
+        self.result.tokens_by_second.append((time.monotonic(), self._tokens))
 
     # Connections that are no streams
 

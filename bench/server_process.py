@@ -258,7 +258,7 @@ class _StderrPipe:
 
 
 @asynccontextmanager
-async def open_server(launch: Launch, *, log_path: Path, start_timeout_s: float = 20) -> AsyncIterator[ServerProcess]:
+async def open_server(launch: Launch, *, log_path: Path, start_timeout_s: float = 60) -> AsyncIterator[ServerProcess]:
     """Start a server and wait until it listens. Processes that are left are killed when the context is left.
 
     Raises:

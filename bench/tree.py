@@ -184,8 +184,13 @@ async def _viewers(stage: Stage, count: int) -> AsyncIterator[list[Viewer]]:
 
 
 async def _watch(stage: Stage, what: str, window_s: float, viewer: Viewer | None = None) -> _Window:
+    """Let some time pass, and at least until the viewer has its first snapshot."""
     window = _begin(stage.server, what, viewer)
     await trio.sleep(window_s)
+    if viewer is not None:
+        with trio.move_on_after(_GONE_MAX_S):
+            while viewer.tasks is None:  # noqa: ASYNC110  what another task reads sets no event
+                await trio.sleep(0.05)
     return _end(window, stage.server)
 
 

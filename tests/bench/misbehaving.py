@@ -1,8 +1,9 @@
 """A server for tests of the harness: it misbehaves in one known way for each path.
 
 Raw sockets and threads, nothing of the project. It says ``Running on http://127.0.0.1:PORT``; on SIGTERM it says
-the text of ``--say``, waits ``--delay`` seconds and leaves with ``--exit-code``. A child of its group lives on for
-``--linger`` seconds, a ``--stray`` child has left the group. ``/chat`` stands for the path given by ``--chat``.
+the text of ``--say``, waits ``--delay`` seconds and until its streams have their ends, and leaves with ``--exit-code``.
+A child of its group lives on for ``--linger`` seconds, a ``--stray`` child has left the group. ``/chat`` stands for the
+path given by ``--chat``. With ``--tell`` it says when it leaves.
 """
 
 import argparse
@@ -20,6 +21,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTr
 TERMINAL = b'id: 9\ndata: {"type":"turn.interrupted","seq":9,"reason":"shutdown","text_length":4}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
 stopping = threading.Event()
+ending: list[threading.Thread] = []
+"""The threads of the streams that end once the server stops."""
 
 
 def chunk(data: bytes) -> bytes:
@@ -86,6 +89,8 @@ def serve_one(sock: socket.socket, path: str) -> bool:
             sys.stderr.write("all 200 KiB were taken\n")
             stopping.wait()
         case [end]:
+            if end != "open":
+                ending.append(threading.current_thread())
             sock.sendall(HEAD + chunk(token(1)) + chunk(token(2)))
             stopping.wait()
             finish(sock, end)
@@ -130,6 +135,7 @@ parser.add_argument("--exit-code", type=int, default=0)
 parser.add_argument("--stray", action="store_true")
 parser.add_argument("--chat", default="terminal")
 parser.add_argument("--say", default="")
+parser.add_argument("--tell", action="store_true")
 options = parser.parse_args()
 
 
@@ -139,7 +145,7 @@ def main() -> None:
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     sleep = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(float(sys.argv[1]))"
     if options.stray:
-        subprocess.Popen([sys.executable, "-c", sleep, "5"], start_new_session=True)
+        subprocess.Popen([sys.executable, "-c", sleep, "60"], start_new_session=True)
     sys.stdout.write(f"Running on http://127.0.0.1:{listener.getsockname()[1]}\n")
     sys.stdout.flush()
 
@@ -155,6 +161,10 @@ def main() -> None:
     if options.linger:
         subprocess.Popen([sys.executable, "-c", sleep, str(options.linger)])
     time.sleep(options.delay)
+    for thread in ending:
+        thread.join()
+    if options.tell:
+        sys.stderr.write(f"leaves at {time.monotonic()}\n")
     os._exit(options.exit_code)
 
 

@@ -20,6 +20,8 @@ from bench.rows import read_rows
 from bench.scenarios import Programme
 from bench.server_process import ROOT
 
+CAP_S = 300
+"""Bound of a run of the bench, which starts some ten processes."""
 _BENCH = """
 import sys
 from pathlib import Path
@@ -233,7 +235,7 @@ def test_a_comparison_measures_both_in_turn_and_prints_the_ratio_of_the_pairs(se
     out = tmp_path / "out"
     sizes = ("--streams", "2", "--repeats", "1", "--quick", "--out", str(out))
     bench = start_bench(served, "herd", "--compare", "HEAD", *sizes)
-    said, _ = bench.communicate(timeout=120)
+    said, _ = bench.communicate(timeout=CAP_S)
     assert bench.returncode == 0, said
     _, *rows = read_rows(out / "herd.jsonl")
     assert [(row["contender"], row["began"]) for row in rows] == [("lastcall-A", 2), ("lastcall-B", 2)]
@@ -250,7 +252,7 @@ def test_each_side_is_its_own_code_and_a_commit_that_does_not_start_is_said_so(s
     git(served, "commit", "--quiet", "--all", "--message", "broken")
     asgi.write_text(good)
     bench = start_bench(served, "herd", "--compare", "HEAD", "--streams", "2", "--out", str(tmp_path / "out"))
-    said, _ = bench.communicate(timeout=60)
+    said, _ = bench.communicate(timeout=CAP_S)
     assert bench.returncode == 1
     assert "a server under test failed" in said
     assert "broken on purpose" in said
@@ -260,13 +262,13 @@ def test_ctrl_c_ends_a_comparison_and_leaves_nothing_behind(served: Path, tmp_pa
     out = tmp_path / "out"
     bench = start_bench(served, "capacity", "--compare", "HEAD", "--out", str(out))
     try:
-        give_up_at = time.monotonic() + 60
+        give_up_at = time.monotonic() + CAP_S
         while not (out / "capacity.jsonl").exists():
             assert bench.poll() is None
             assert time.monotonic() < give_up_at
             time.sleep(0.05)
         bench.send_signal(signal.SIGINT)
-        said, _ = bench.communicate(timeout=60)
+        said, _ = bench.communicate(timeout=CAP_S)
     finally:
         bench.kill()
         bench.wait()

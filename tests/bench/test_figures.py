@@ -257,7 +257,7 @@ async def test_the_control_that_cannot_carry_a_load_is_a_fault_and_no_error(
     monkeypatch.setattr("bench.capacity._MESSAGE", "mute=1")
     monkeypatch.setattr("bench.capacity._OPENING_MAX_S", 0.0)
     extent = replace(EXTENT, lowest=1, highest=1, settle_s=0, window_s=0.0)
-    with trio.fail_after(30):
+    with trio.fail_after(120):
         row = await measure_direct(Place(tmp_path, None, None), extent, repeat=0)
     assert row.failed is not None
     assert (row.carried, row.failed.fault) == (None, "1 streams without a token")

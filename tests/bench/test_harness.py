@@ -1,15 +1,18 @@
 """The harness judges rightly: it detects each known misbehaviour of a server."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from bench.load import Load
 from bench.peers import open_load, open_upstream
 from bench.plan import (
     Calls,
@@ -17,21 +20,23 @@ from bench.plan import (
     LoadResult,
     Plan,
     Prober,
+    ProbeResult,
     Request,
     Streams,
     Unfinished,
 )
 from bench.server_process import Launch, ServerFailedError, ServerProcess, open_server, python_command
 from bench.wire import StreamEnd
-from tests.machine import Machine
 
 MISBEHAVING = str(Path(__file__).with_name("misbehaving.py"))
+CAP_S = 120
+"""Bound of every wait: each process takes a moment to start, and many times that on a busy machine."""
 
 
 @asynccontextmanager
 async def open_misbehaving(tmp_path: Path, *arguments: str) -> AsyncIterator[ServerProcess]:
     launch = Launch(python_command(MISBEHAVING, *arguments))
-    with trio.fail_after(30):
+    with trio.fail_after(CAP_S):
         async with open_server(launch, log_path=tmp_path / "server.log") as server:
             yield server
 
@@ -131,68 +136,81 @@ async def test_idle_and_unfinished_connections_are_watched_to_their_end(tmp_path
     assert all(r.ended_at is not None for r in result.rude)
 
 
-@pytest.mark.serial
+@asynccontextmanager
+async def probing(port: int, path: str) -> AsyncIterator[LoadResult]:
+    """A load client in this process that probes this path: its probes so far."""
+    load = Load(Plan(port=port, groups=(Prober(request=Request(method="GET", path=path)),)))
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(load.run, on_ready=lambda: None, stop=stop))
+        yield load.result
+        stop.set()
+
+
+async def ended_probes(load: LoadResult, *, since: float) -> list[ProbeResult]:
+    """The probes that began after this moment and have ended, once there are some."""
+    while len(ended := [p for p in load.probes if p.at > since and p.outcome != "silent"]) < 5:  # noqa: ASYNC110
+        await trio.sleep(0.01)
+    return ended
+
+
 @pytest.mark.parametrize(
-    ("path", "outcome", "silent"),
+    ("path", "outcome"),
     [
-        ("/refuse", "answered", False),
-        ("/half-refuse", "incomplete", False),
-        ("/reset-at-once", "reset", False),
-        ("/close-at-once", "closed", False),
-        ("/silent", "answered", True),
+        ("/refuse", "answered"),
+        ("/half-refuse", "incomplete"),
+        ("/reset-at-once", "reset"),
+        ("/close-at-once", "closed"),
+        ("/silent", "answered"),
     ],
 )
-async def test_a_probe_has_the_answer_to_a_new_connection(
-    tmp_path: Path, machine: Machine, path: str, outcome: str, *, silent: bool
-) -> None:
-    prober = Prober(request=Request(method="GET", path=path))
-    async with (
-        open_misbehaving(tmp_path, "--delay", "0.5") as server,
-        open_load(Plan(port=server.port, groups=(prober,))) as load,
-    ):
-        await load.wait_ready()
-        signalled = server.signal_main(signal.SIGTERM)
+async def test_a_probe_has_the_answer_to_a_new_connection(tmp_path: Path, path: str, outcome: str) -> None:
+    async with open_misbehaving(tmp_path, "--delay", "600") as server, probing(server.port, path) as load:
+        during = await ended_probes(load, since=server.signal_main(signal.SIGTERM))
+        server.signal_main(signal.SIGKILL)
         gone = await server.wait_gone()
-        await trio.sleep(0.3)
-        probes = (await load.stop()).probes
-    during = [p for p in probes if signalled < p.at < gone.at - 0.4]
-    assert during
+        after = await ended_probes(load, since=gone.at)
     assert {p.outcome for p in during} == {outcome}
-    if silent:
-        assert all(p.waited_s > 0.1 for p in during)
-    else:
-        assert all(machine.free_s(p.at, p.answered_at or p.at) - p.late_s < 0.1 for p in during)
+    assert (min(p.waited_s for p in during) >= 0.3) is (path == "/silent"), "it waits 0.3 s there"
     if path == "/refuse":
         assert all(p.status == 503 and p.retry_after and p.connection_close for p in during)
-    after = [p for p in probes if p.at > gone.at + 0.02]
-    assert after
     assert {p.outcome for p in after} == {"refused"}
 
 
 @pytest.mark.serial
-async def test_the_time_to_gone_and_the_exit_code_are_right(tmp_path: Path, machine: Machine) -> None:
-    async with open_misbehaving(tmp_path, "--delay", "0.4", "--exit-code", "75") as server:
-        signalled = server.signal_main(signal.SIGTERM)
-        gone = await server.wait_gone()
-    assert gone.exit_code == 75
-    assert gone.at - signalled >= 0.4
-    assert machine.free_s(signalled, gone.at) < 0.55  # the harness' poll of 50 ms, and a margin
-    assert gone.strays == ()
+async def test_the_time_to_gone_and_the_exit_code_are_right(tmp_path: Path) -> None:
+    """It is after the moment at which the process leaves, by its own clock, and not much later.
+
+    What the machine adds is no error of the harness, so the smallest error of three counts.
+    """
+    errors_s = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        async with open_misbehaving(folder, "--delay", "0.2", "--exit-code", "75", "--tell") as server:
+            signalled = server.signal_main(signal.SIGTERM)
+            gone = await server.wait_gone()
+            over = time.monotonic()
+        [left] = map(float, re.findall(r"leaves at ([0-9.]+)", server.log()))
+        assert signalled + 0.2 <= left <= gone.at <= over
+        assert (gone.exit_code, gone.strays) == (75, ())
+        errors_s.append(gone.at - left)
+    assert min(errors_s) < 0.1
 
 
-@pytest.mark.serial
-async def test_the_group_is_gone_with_its_last_process_and_zombies_do_not_count(
-    tmp_path: Path, machine: Machine
-) -> None:
-    async with open_misbehaving(tmp_path, "--linger", "0.6") as server:
-        signalled = server.signal_main(signal.SIGTERM)
+async def test_the_group_is_gone_with_its_last_process_and_zombies_do_not_count(tmp_path: Path) -> None:
+    async with open_misbehaving(tmp_path, "--linger", "600") as server:
+        server.signal_main(signal.SIGTERM)
+        while server.pid in server.members():  # noqa: ASYNC110  another process sets no event
+            await trio.sleep(0.01)
+        [lingers] = server.members()
+        assert server.gone is None
+        killed = time.monotonic()
+        os.kill(lingers, signal.SIGKILL)
         gone = await server.wait_gone()
     assert gone.exit_code == 0
-    assert len(gone.exits) == 2
-    assert gone.exits[0][0] == server.pid
-    assert machine.free_s(signalled, gone.exits[0][2]) < 0.4
-    assert gone.at - signalled >= 0.6
-    assert machine.free_s(signalled, gone.at) < 1.0
+    assert [pid for pid, _, _ in gone.exits] == [server.pid, lingers]
+    assert gone.at == gone.exits[1][2] >= killed
     with pytest.raises(ProcessLookupError):
         os.killpg(server.pid, 0)
 
@@ -208,7 +226,7 @@ async def test_a_process_that_left_the_group_is_named(tmp_path: Path) -> None:
 
 async def test_a_server_that_ends_before_it_listens_has_failed_to_start(tmp_path: Path) -> None:
     launch = Launch(python_command("-c", "import sys; print('no such setting'); sys.exit(78)"))
-    with trio.fail_after(10), pytest.raises(ServerFailedError) as failed:
+    with trio.fail_after(CAP_S), pytest.raises(ServerFailedError) as failed:
         async with open_server(launch, log_path=tmp_path / "server.log"):
             pass
     assert failed.value.exit_code == 78
@@ -269,7 +287,7 @@ async def test_a_client_that_is_ready_at_the_end_has_read_all_its_streams(tmp_pa
     body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=10"}]}'
     request = Request(path="/v1/chat/completions", body=body)
     group = Streams(name="direct", count=2, stream=request, repeat=3, ready_at="end")
-    with trio.fail_after(30):
+    with trio.fail_after(CAP_S):
         async with open_upstream() as upstream, open_load(Plan(port=upstream.port, groups=(group,))) as load:
             await load.wait_ready()
             result = await load.stop()
@@ -288,7 +306,7 @@ async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) ->
         python_command("-c", f"import signal; signal.pthread_sigmask(0, [signal.SIGUSR1])\n{script}"), stderr_pipe=True
     )
     for deed in ("fill", "close"):
-        with trio.fail_after(10):
+        with trio.fail_after(CAP_S):
             async with open_server(launch, log_path=tmp_path / f"{deed}.log") as server:
                 assert server.stderr_pipe is not None
                 getattr(server.stderr_pipe, deed)()
@@ -305,16 +323,13 @@ async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) ->
 async def test_a_thousand_tokens_a_second_are_all_received_and_none_is_invented(tmp_path: Path) -> None:
     """The load client reads from the model server: two parts of the harness that share only the poller."""
     body = '{"model": "m", "stream": true, "messages": [{"role": "user", "content": "s$n rate=100 tokens=50"}]}'
-    with trio.fail_after(30):
+    with trio.fail_after(CAP_S):
         async with open_upstream() as upstream:
-            group = Streams(
-                name="direct", count=20, stream=Request(path="/v1/chat/completions", body=body), keep_delays=True
-            )
+            request = Request(path="/v1/chat/completions", body=body)
+            group = Streams(name="direct", count=20, stream=request, keep_delays=True, ready_at="end")
             began = time.monotonic()
             async with open_load(Plan(port=upstream.port, groups=(group,))) as load:
                 await load.wait_ready()
-                while sum(book.finished for book in await upstream.books()) < 20:  # noqa: ASYNC110  another process
-                    await trio.sleep(0.05)
                 books = await upstream.books()
                 result = await load.stop()
             took = time.monotonic() - began
