@@ -39,8 +39,8 @@ def serve_and_reload(settings: Settings, *, config_file: Path, arguments: Iterab
     configure_logging(settings)
     command = [sys.executable, "-m", "service", "serve", *arguments]
     with _blocked(STOP_SIGNALS | {signal.SIGCHLD}) as mask:
+        seen, changed = _changed_at(config_file), False  # before the start: a change meanwhile is not lost
         server: subprocess.Popen[bytes] | None = _start(command, mask)
-        seen, changed = _changed_at(config_file), False
         while True:
             signalled = signal.sigtimedwait(STOP_SIGNALS | {signal.SIGCHLD}, POLL_INTERVAL_S)
             if signalled is not None and signalled.si_signo in STOP_SIGNALS:
