@@ -30,11 +30,13 @@ def kept_server(
 
     Args:
         folder: Its working directory, where its log and its ``lastcall.toml`` are.
-        settings: By their names in lower case. Without others: a store in memory and a free port of this machine.
+        settings: By their names in lower case. Without others: a store in memory, a free port of this machine, and time
+            for the stop also on a busy machine.
         config: The content of ``lastcall.toml``.
         command: The arguments of Python, which write the line ``Running on http://…``.
     """
-    settings = {"bind": "127.0.0.1:0", "store_url": "memory:", "log_format": "json"} | dict(settings)
+    own = {"bind": "127.0.0.1:0", "store_url": "memory:", "log_format": "json", "release_timeout_s": "30"}
+    settings = own | dict(settings)
     (folder / "lastcall.toml").write_text(config)
     env = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
     env |= {f"LASTCALL_{name.upper()}": value for name, value in settings.items()}

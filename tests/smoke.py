@@ -17,14 +17,22 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 20
+WAIT_S = 60
 """Bounds every wait."""
 SETTINGS = {
     "LASTCALL_BIND": "127.0.0.1:0",
-    "LASTCALL_MODEL_URL": "scripted:?tokens=100&rate=50",
     "LASTCALL_LOG_FORMAT": "json",
     "LASTCALL_DRAIN_TIMEOUT_S": "0.5",
+    "LASTCALL_RELEASE_TIMEOUT_S": "10",
 }
+CONFIG = """
+model = "short"
+upstreams = [
+  { name = "short", url = "scripted:?tokens=100&rate=50", models = ["short"] },
+  { name = "endless", url = "scripted:?silent_after=3", models = ["endless"] },
+]
+"""
+"""Two models: one that ends its replies, and one whose reply still runs when the server is stopped."""
 
 
 class SmokeError(Exception):
@@ -55,10 +63,11 @@ def running_server(log_path: Path) -> Iterator[tuple["subprocess.Popen[bytes]", 
     """A server with settings of its own, and its address."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LASTCALL_")}
     source = Path(__file__).parent.parent
+    log_path.with_name("lastcall.toml").write_text(CONFIG)
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "service", "serve"],
-            cwd=log_path.parent,  # a folder without a lastcall.toml
+            cwd=log_path.parent,
             env=environ | SETTINGS | {"PYTHONPATH": str(source)},
             stderr=log,
         )
@@ -98,7 +107,9 @@ def talk(address: str) -> None:
 
 
 def stop_in_mid_stream(server: "subprocess.Popen[bytes]", address: str) -> None:
-    events = read_events(call(address, "POST", "/chat", {"message": "Third."}))
+    session = expect(201, call(address, "POST", "/sessions", {"model": "endless"}))
+    turn = {"input": "Third."}
+    events = read_events(call(address, "POST", f"/sessions/{session['id']}/turns", turn, Accept="text/event-stream"))
     check(
         any(event["type"] == "turn.delta" for event in events), "the stream has no delta"
     )  # this reads as far as the first delta

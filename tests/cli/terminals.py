@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import unicodedata
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,12 @@ class Screen:
                 self._control(token["control"])
             else:
                 self._put(token["text"])
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the size. The lines that do not fit any more are lost."""
+        self.columns, self.rows = columns, rows
+        self.lines = [*self.lines, *([] for _ in range(rows))][:rows]
+        self.row, self.column = min(self.row, rows - 1), min(self.column, columns)
 
     def text(self) -> str:
         """All lines, those that were scrolled off first."""
@@ -136,13 +143,14 @@ def _joined(line: list[str]) -> str:
 
 
 class Terminal:
-    """A program on a terminal. ``raw`` is all that it wrote."""
+    """A program on a terminal. ``raw`` is all that was read of its output."""
 
     def __init__(self, process: trio.Process, master: int, screen: Screen) -> None:
         self.process = process
         self.screen = screen
         self.raw = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._pieces: deque[str] = deque()
         self._master = trio.lowlevel.FdStream(os.dup(master))
         self._fd = master
 
@@ -151,10 +159,10 @@ class Terminal:
         await self._master.send_all(text.encode())
 
     async def shows(self, wanted: str | Callable[[str], bool]) -> str:
-        """Read on until the screen shows a text, and return all of its text."""
+        """Read on until the screen shows a text, if only for a moment, and return all of its text at that moment."""
         with trio.move_on_after(CAP_S):
             while not (wanted(self.screen.text()) if callable(wanted) else wanted in self.screen.text()):
-                if not await self._read():
+                if not await self._draw():
                     break
         shown = self.screen.text()
         assert wanted(shown) if callable(wanted) else wanted in shown, shown
@@ -163,7 +171,7 @@ class Terminal:
     async def ends(self) -> int:
         """Read to the end, and return the exit code: negative for a signal."""
         with trio.fail_after(CAP_S):
-            while await self._read():
+            while await self._draw():
                 pass
             return await self.process.wait()
 
@@ -174,18 +182,25 @@ class Terminal:
     def resize(self, columns: int, rows: int) -> None:
         """Change the size, of which the program is told by SIGWINCH."""
         set_size(self._fd, columns, rows)
-        self.screen.columns, self.screen.rows = columns, rows
-        self.screen.lines = (self.screen.lines + [[]] * rows)[:rows]
+        self.screen.resize(columns, rows)
 
-    async def _read(self) -> bool:
-        try:
-            data = await self._master.receive_some(65536)
-        except trio.BrokenResourceError:  # EIO: the program has closed the terminal
-            return False
-        text = self._decoder.decode(data)  # a read may end within a character
-        self.raw += text
-        self.screen.feed(text)
-        return bool(data)
+    async def _draw(self) -> bool:
+        """Draw the next piece of the output, or wait for one: a text may be there only up to the next sequence.
+
+        Returns False at the end of the output.
+        """
+        if not self._pieces:
+            try:
+                data = await self._master.receive_some(65536)
+            except trio.BrokenResourceError:  # EIO: the program has closed the terminal
+                return False
+            text = self._decoder.decode(data)  # a read may end within a character
+            self.raw += text
+            self._pieces += re.split(r"(?=[\x1b\r])", text)
+            if not data:
+                return False
+        self.screen.feed(self._pieces.popleft())
+        return True
 
     async def aclose(self) -> None:
         await self._master.aclose()
@@ -255,7 +270,8 @@ class Served:
 
     def _answer(self, method: str, path: str, body: object, key: str) -> Any:
         headers = {"Authorization": f"Bearer {key}"}
-        answer = httpx.request(method, f"{self.url}{path}", json=body, headers=headers, trust_env=False)
+        url = f"{self.url}{path}"
+        answer = httpx.request(method, url, json=body, headers=headers, timeout=CAP_S, trust_env=False)
         assert answer.is_success, answer.text
         return answer.json()
 

@@ -40,7 +40,7 @@ def file(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def fill() -> None:
     settings = Settings(store_url="sqlite:kept.db", model_url="scripted:?tokens=5&rate=0&first_token_s=0")
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with open_service(settings) as service:
             await service.sessions.create_session(NewSession(id="s", title="é"))
             turn, watch = await service.sessions.start_turn("s", NewTurn(text="hi"))
@@ -149,6 +149,7 @@ def test_a_backup_is_a_store_and_never_replaces_a_file(
 def test_a_backup_says_how_far_it_is_beside_its_output(
     file: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(store_commands, "PROGRESS_INTERVAL_S", 3600)
     assert main(["backup", "short.db"]) == 0
     quick = capsys.readouterr()
     assert (quick.out, quick.err) == (f"{file} is copied to short.db\n", "")
@@ -180,7 +181,7 @@ def test_a_backup_that_is_killed_leaves_no_file_of_its_name_and_the_next_one_wor
         "import os; from service.cli import main, store_commands; "
         "store_commands._progress_lines = lambda _: lambda _: os.kill(os.getpid(), 9); main.main(['backup', 'copy.db'])"
     )
-    killed = subprocess.run([sys.executable, "-c", script], timeout=30, check=False)
+    killed = subprocess.run([sys.executable, "-c", script], timeout=120, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not Path("copy.db").exists()
     assert main(["check"]) == 0
