@@ -19,8 +19,8 @@ DOCUMENTS = tuple(
     )
 )
 """The documents with commands of a shell. Those of docs/api.md are run by tests.docs.test_api_page."""
-COMMAND_TIMEOUT_S = 60
-"""Bound of one command; not a promise of the server."""
+COMMAND_TIMEOUT_S = 300
+"""Bound of the commands of a block, or of a whole page; not a promise of the server."""
 
 _FENCE = re.compile(r"^```(?P<language>sh|console)(?: norun: (?P<norun>.+))?$")
 _SHELL_FENCE = re.compile(r"^\s*```\s*(?:sh|bash|shell|console)\b")
@@ -74,16 +74,19 @@ def blocks_of(document: Path) -> Iterator[Block]:
         number += 1
 
 
-def run(block: Block, *, folder: Path, environ: Mapping[str, str], server_port: int | None) -> list[str]:
+def run(
+    block: Block, *, folder: Path, environ: Mapping[str, str], server_port: int | None, before: str = ""
+) -> list[str]:
     """Run a block's commands in one shell, and return the output of each.
 
     Args:
         server_port: The real port of the server that the document has on port 8000; None if the block starts its own.
+        before: What the shell runs before, and does not print.
 
     Raises:
         AssertionError: A command of an ``sh`` block failed.
     """
-    script = f"\necho '{_END}'\n".join([*block.commands, ""])
+    script = before + f"\necho '{_END}'\n".join([*block.commands, ""])
     if server_port is not None:
         script = re.sub(r"\b(localhost|127\.0\.0\.1):8000\b", rf"\1:{server_port}", script)
     options = ["-e"] if block.language == "sh" else []

@@ -21,12 +21,15 @@ from service.api.http.problems import ADVICE
 from service.api.reference.openapi import build_document
 from tests.docs import blocks
 from tests.docs.api_page import KEY, LANGUAGES, PAGE, Example, Section, run_examples, sections_of
+from tests.docs.blocks import ROOT
 from tests.docs.shown_answers import LEFT_OUT, agrees, printed_values, refreshed, rendered, shown_values
 from tests.docs.test_shell_blocks import environ
 from tests.kept_log import lines_of
 
-CAP_S = 20
+CAP_S = 60
 """Bound of the server's stop; not a promise of the server."""
+CANCELLED = "Say A B C D E F G H I J K L M N O P Q R S T U V W X Y Z."
+"""The message of the turn that the page cancels: see tests/docs/held_reply.py."""
 Call = tuple[str, str]
 """A method and a path with its parameters' names."""
 COMMON = re.compile(r"(?<=<!-- errors -->\n).*?(?=<!-- /errors -->)", re.DOTALL)
@@ -139,13 +142,11 @@ def test_the_page_has_the_errors_of_the_code() -> None:
 
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[ServerProcess]:
-    """Run the server of the page's reader: all settings are the default ones, except for the key on the page.
-
-    The model is a little slower than by default: a cancel, which comes after several programs have started, is in time.
-    """
+    """Run the server of the page's reader: all settings are the default ones, except for the key on the page."""
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "LASTCALL_ACCESS_LOG": "on"}
-    env |= {"LASTCALL_API_KEYS": KEY, "LASTCALL_MODEL_URL": "scripted:?rate=25"}
-    launch = Launch(python_command("-m", "service", "serve"), env=env, folder=folder)
+    env |= {"LASTCALL_API_KEYS": KEY, "LASTCALL_MODEL_URL": "scripted:", "PYTHONPATH": str(ROOT)}
+    command = python_command("-m", "tests.docs.held_reply", CANCELLED, "serve")
+    launch = Launch(command, env=env, folder=folder)
     async with open_server(launch, log_path=folder / "server.log", start_timeout_s=60) as server:
         yield server
 

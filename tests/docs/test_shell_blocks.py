@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +12,7 @@ import pytest
 import trio
 
 from bench.server_process import Launch, open_server, python_command
-from tests.docs.blocks import DOCUMENTS, Block, agrees, blocks_of, run
+from tests.docs.blocks import DOCUMENTS, ROOT, Block, agrees, blocks_of, run
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 NOT_RUN = {
@@ -47,14 +46,28 @@ def test_the_blocks_that_do_not_run_are_these() -> None:
     assert reasons == NOT_RUN
 
 
+CANCELLED = {"README.md": "What is a cancel scope?"}
+"""The message of the turn that a document cancels by one of its next commands."""
+SLEEP = r"""
+sleep() {  # a reader waits for seconds until the reply has begun; a busy machine may take longer
+  until session=$(curl -s localhost:8000/sessions | grep -o 'sess_[0-9a-f]*' | head -1) &&
+    curl -s "localhost:8000/sessions/$session/turns" | grep -q '"text":"0 '
+  do command sleep 0.1
+  done
+}
+"""
+
+
 @asynccontextmanager
-async def serving(folder: Path, *, needed: bool) -> AsyncIterator[int | None]:
+async def serving(folder: Path, document: Path, *, needed: bool) -> AsyncIterator[int | None]:
     """Run the server that the reader of a document has started; give its port."""
     if not needed:
         yield None
         return
-    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json"}
-    launch = Launch(python_command("-m", "service", "serve"), env=env, folder=folder)
+    env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_LOG_FORMAT": "json", "PYTHONPATH": str(ROOT)}
+    cancelled = CANCELLED.get(str(document))
+    module = ("service",) if cancelled is None else ("tests.docs.held_reply", cancelled)
+    launch = Launch(python_command("-m", *module, "serve"), env=env, folder=folder)
     async with open_server(launch, log_path=folder / "server.log", start_timeout_s=60) as server:
         yield server.port
 
@@ -74,22 +87,16 @@ def starts_a_server(block: Block) -> bool:
     return re.search(r"\blastcall serve\b|\bhypercorn\b", block.text) is not None
 
 
-def a_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 RUN = [document for document in DOCUMENTS if any(it.document == document and not it.norun for it in BLOCKS)]
 
 
 @pytest.mark.parametrize("document", RUN, ids=str)
-async def test_a_document_shows_the_output_of_its_commands(document: Path, tmp_path: Path) -> None:
+async def test_a_document_shows_the_output_of_its_commands(document: Path, tmp_path: Path, port: int) -> None:
     blocks = [block for block in BLOCKS if block.document == document and block.norun is None]
-    async with serving(tmp_path, needed=any(map(asks_the_server, blocks))) as port:
+    async with serving(tmp_path, document, needed=any(map(asks_the_server, blocks))) as served:
         for block in blocks:
-            block_port = a_free_port() if starts_a_server(block) else port
-            type_in = partial(run, block, folder=tmp_path, environ=environ(), server_port=block_port)
+            block_port, before = (port, SLEEP) if starts_a_server(block) else (served, "")
+            type_in = partial(run, block, folder=tmp_path, environ=environ(), server_port=block_port, before=before)
             printed = await trio.to_thread.run_sync(type_in)
             if block.language == "console":
                 for command, shown, output in zip(block.commands, block.outputs, printed, strict=True):
