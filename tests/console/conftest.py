@@ -6,6 +6,7 @@ are ended with it. The server's models are scripts, chosen by the session: see :
 
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -99,10 +100,11 @@ async def own_server(
     """
     (folder / "lastcall.toml").write_text(config)
     own = {"bind": f"127.0.0.1:{port}", "store_url": f"sqlite:{folder}/store.db", "log_format": "json"}
+    own["release_timeout_s"] = "30"
     settings = own | dict(settings)
     env = {f"LASTCALL_{name.upper()}": value for name, value in settings.items()}
     launch = Launch(python_command(*command), env=env, folder=folder)
-    log = folder / f"server-{port}.log"
+    log = folder / f"server-{time.monotonic_ns()}.log"
     async with open_server(launch, log_path=log, start_timeout_s=START_S) as process:
         yield Server(f"http://127.0.0.1:{process.port}", key), process
 
@@ -159,8 +161,7 @@ class Tabs:
         attached = await self._browser.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         page = self._browser.pages[attached["sessionId"]] = Page(self._browser, attached["sessionId"])
         self.pages.append(page)
-        for domain in ("Page", "Runtime", "Log"):
-            await page.call(f"{domain}.enable")
+        await page.begin()
         await page.call("Page.bringToFront")  # a tab that is covered gets no frames
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         await page.call("Emulation.setDeviceMetricsOverride", **metrics)

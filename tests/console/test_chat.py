@@ -60,7 +60,7 @@ async def test_a_first_message_begins_a_conversation_that_is_renamed_and_deleted
     await chat.has("gone for good", "dialog")
     await chat.press("Delete")
     await chat.page.wait_for("location.hash === '#/chat'")
-    async with httpx.AsyncClient(base_url=tabs.server.url) as client:
+    async with httpx.AsyncClient(base_url=tabs.server.url, timeout=CAP_S) as client:
         assert (await client.get(f"/sessions/{session}")).status_code == 404
     assert await chat.page.get(f"document.querySelector('.session-rows a[href$=\"{session}\"]')") is None
 
@@ -130,8 +130,10 @@ async def test_a_cut_connection_comes_back_with_nothing_lost_and_the_timeline_sh
     numbers = (await chat.reply()).split()
     assert numbers == turn["text"].split() == [str(it) for it in range(len(numbers))]
     await chat.has("Cancelled", ".turn:last-child .moments")
-    moments = await chat.page.get(f"[...{LAST}.querySelectorAll('.moments b')].map((it) => it.textContent)")
-    assert moments == ["Accepted", "Started", "First token", "Cut", "Back", "Cut", "Back", "Cancelled"]
+    # A silence is a moment, too: of a server, a network or a page that stands still for 1.5 s.
+    moments = f"{LAST}.querySelectorAll('.moments [data-kind]:not([data-kind=gap]) b')"
+    told = await chat.page.get(f"[...{moments}].map((it) => it.textContent)")
+    assert told == ["Accepted", "Started", "First token", "Cut", "Back", "Cut", "Back", "Cancelled"]
 
 
 async def test_a_reload_in_mid_stream_goes_on_with_the_whole_reply(tabs: Tabs) -> None:
@@ -153,7 +155,7 @@ async def test_a_message_whose_answer_was_lost_with_the_page_is_sent_once(tabs: 
     await chat.page.hold_answers("*/sessions/*/turns")
     await chat.send("Only once")
     session = await chat.session()
-    with trio.fail_after(30):
+    with trio.fail_after(CAP_S):
         while not await turns_of(tabs, session):  # noqa: ASYNC110  another process's store sets no event
             await trio.sleep(0.02)
     await chat.page.call("Fetch.disable")
@@ -272,7 +274,7 @@ async def test_conflicts_and_limits_are_said_in_words_and_the_message_is_kept(ta
     await chat.press("Queue")
     await chat.has("Waits until the reply before it has ended.")
     await chat.send("One too many")
-    await chat.has("Too many messages wait in this conversation already. Attempt 2 in ", ".status")
+    await chat.has("Too many messages wait in this conversation already. Attempt ", ".status")
     await chat.press("Stop")
     await chat.page.wait_for("document.querySelector('.turn').dataset.state === 'cancelled'")
     await chat.has("0 1 2", ".turn:nth-child(2) .answer")

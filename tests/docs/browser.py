@@ -55,7 +55,9 @@ class Page:
 
     def __init__(self, browser: "Browser", session_id: str) -> None:
         self.complaints: list[str] = []
-        self.loaded = trio.Event()
+        self._frame = ""
+        self._loaders: set[str] = set()
+        self._loaded = trio.Event()
         self._browser = browser
         self._session_id = session_id
         self._paused, self._next_paused = trio.open_memory_channel[dict[str, Any]](10)
@@ -64,17 +66,25 @@ class Page:
         """Call the protocol for this tab, and return the result."""
         return await self._browser.call(method, session_id=self._session_id, **params)
 
+    async def begin(self) -> None:
+        """Have the browser tell what happens in this tab."""
+        for domain in ("Page", "Runtime", "Log"):
+            await self.call(f"{domain}.enable")
+        await self.call("Page.setLifecycleEventsEnabled", enabled=True)
+
     async def open(self, url: str) -> None:
-        """Load a URL and wait for the page's ``load`` event."""
-        self.loaded = trio.Event()
+        """Load a URL and wait for the ``load`` event of its page. That of the empty page before may come yet."""
         found = await self.call("Page.navigate", url=url)
         assert "errorText" not in found, found
-        await self.loaded.wait()
+        self._frame = found["frameId"]
+        while found["loaderId"] not in self._loaders:
+            self._loaded = trio.Event()
+            await self._loaded.wait()
 
     async def reload(self) -> None:
-        self.loaded = trio.Event()
+        self._loaded = trio.Event()
         await self.call("Page.reload")
-        await self.loaded.wait()
+        await self._loaded.wait()
 
     async def get(self, expression: str) -> Any:
         """The value of an expression of JavaScript, awaited if it is a promise. Raises: PageError, if it throws."""
@@ -84,16 +94,20 @@ class Page:
         return done["result"].get("value")
 
     async def wait_for(self, condition: str) -> None:
-        """Return once an expression is true; the page evaluates it after each change of the document.
+        """Return once an expression is true.
+
+        The page evaluates it after each change of the document, and from time to time: the address, the focus and what
+        is in a box change without one.
 
         Raises:
             PageError: The expression was not true in time.
         """
         observed = "{subtree: true, childList: true, characterData: true, attributes: true}"
         watch = f"""new Promise((done) => {{
-            const look = () => ({condition}) && (observer.disconnect(), done(true));
+            const look = () => ({condition}) && (observer.disconnect(), clearInterval(timer), done(true));
             const observer = new MutationObserver(look);
             observer.observe(document, {observed});
+            const timer = setInterval(() => {{ try {{ look(); }} catch {{}} }}, 100);
             look();
         }})"""
         with trio.move_on_after(CAP_S):
@@ -172,8 +186,10 @@ class Page:
 
     def on_event(self, method: str, params: dict[str, Any]) -> None:
         match method:
-            case "Page.loadEventFired":
-                self.loaded.set()
+            case "Page.lifecycleEvent" if params["name"] == "load":
+                self._loaders.add(params["loaderId"])
+                if params["frameId"] == self._frame:
+                    self._loaded.set()
             case "Fetch.requestPaused":
                 self._paused.send_nowait(params)
             case "Runtime.exceptionThrown":
@@ -206,8 +222,7 @@ class Browser:
         target = await self.call("Target.createTarget", url="about:blank")
         attached = await self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         page = self.pages[attached["sessionId"]] = Page(self, attached["sessionId"])
-        for domain in ("Page", "Runtime", "Log"):
-            await page.call(f"{domain}.enable")
+        await page.begin()
         await page.open(url)
         return page
 

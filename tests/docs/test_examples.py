@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -86,7 +87,7 @@ async def serving(
     env |= {"LASTCALL_LIVE_TURNS_MAX": str(live_turns_max)}
     env |= {"LASTCALL_ON_INTERRUPT": "continue", "LASTCALL_MODEL_CONTINUATION": "trailing"} if goes_on else {}
     launch = Launch(python_command("-m", "service", "serve"), env=env)
-    async with open_server(launch, log_path=folder / f"server-{port}.log", start_timeout_s=60) as server:
+    async with open_server(launch, log_path=folder / f"server-{time.monotonic_ns()}.log", start_timeout_s=60) as server:
         yield server
 
 
@@ -357,9 +358,9 @@ async def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
 AWAY = "The server is away or busy. Trying again…"
 
 
-async def test_a_stop_in_mid_stream_is_shown_and_a_retry_waits_for_the_next_server(tmp_path: Path) -> None:
+async def test_a_stop_in_mid_stream_is_shown_and_a_retry_waits_for_the_next_server(tmp_path: Path, port: int) -> None:
     async with open_examples(tmp_path) as examples, open_model() as model:
-        async with serving(tmp_path, model.url, origin=examples.origin) as server:
+        async with serving(tmp_path, model.url, origin=examples.origin, port=port) as server:
             chat = await examples.open_chat(server.port)
             await chat.send("Count")
             await (await model.asked("Count")).say("1 2 ")
@@ -369,7 +370,7 @@ async def test_a_stop_in_mid_stream_is_shown_and_a_retry_waits_for_the_next_serv
             assert await chat.text_of("end") == ["The server was stopped before the end of the reply."]
             await chat.press("Retry")
             await chat.says(AWAY)
-        async with serving(tmp_path, model.url, origin=examples.origin, port=server.port):
+        async with serving(tmp_path, model.url, origin=examples.origin, port=port):
             reply = await model.asked("Count")
             await reply.say("1 2 3")
             await reply.end()
@@ -384,11 +385,11 @@ WAVES = "\N{WAVING HAND SIGN}" * 20
 
 
 @pytest.mark.parametrize("name", ["chat.html", "eventsource.html"])
-async def test_a_reply_goes_on_in_the_page_after_stops(tmp_path: Path, name: str) -> None:
+async def test_a_reply_goes_on_in_the_page_after_stops(tmp_path: Path, name: str, port: int) -> None:
     """First a text that is too short to be continued begins anew; then a longer one goes on, twice."""
     reply_text = "document.querySelector('#reply, .turn:last-child .reply')?.textContent"
     async with open_examples(tmp_path) as examples, open_model() as model:
-        serve = partial(serving, tmp_path, model.url, origin=examples.origin, goes_on=True)
+        serve = partial(serving, tmp_path, model.url, origin=examples.origin, goes_on=True, port=port)
         async with serve() as server:
             page = await examples.open_page(name, server.port)
             await page.wait_for("!document.querySelector('form button').disabled")
@@ -397,11 +398,11 @@ async def test_a_reply_goes_on_in_the_page_after_stops(tmp_path: Path, name: str
             await (await model.asked("Count")).say("1 2 ")
             await page.wait_for(f"{reply_text} === '1 2 '")
             await stopped(server, signal.SIGTERM)
-        async with serve(port=server.port) as again:
+        async with serve() as again:
             await (await model.asked("Count")).say(WAVES, " and ")
             await page.wait_for(f"{reply_text} === '{WAVES} and '")
             await stopped(again, signal.SIGTERM)
-        async with serve(port=server.port):
+        async with serve():
             reply = await model.asked(f"{WAVES} and")
             await reply.say(" more")
             await reply.end()
@@ -421,16 +422,16 @@ async def test_a_text_is_cut_by_code_points(tmp_path: Path) -> None:
         assert_quiet(page)
 
 
-async def test_after_a_crash_in_mid_stream_the_page_shows_the_stored_reply(tmp_path: Path) -> None:
+async def test_after_a_crash_in_mid_stream_the_page_shows_the_stored_reply(tmp_path: Path, port: int) -> None:
     async with open_examples(tmp_path) as examples, open_model() as model:
-        async with serving(tmp_path, model.url, origin=examples.origin) as server:
+        async with serving(tmp_path, model.url, origin=examples.origin, port=port) as server:
             chat = await examples.open_chat(server.port)
             await chat.send("Count")
             await (await model.asked("Count")).say("1 2 ")
             await chat.shows("1 2 ")
             await stopped(server, signal.SIGKILL)
             await chat.says(AWAY)
-        async with serving(tmp_path, model.url, origin=examples.origin, port=server.port):
+        async with serving(tmp_path, model.url, origin=examples.origin, port=port):
             await chat.page.wait_for(f"{STATE} === 'interrupted'")
             [turn] = await turns(server.port, await chat.session_id())
             await chat.shows(turn["text"], "interrupted")
@@ -455,7 +456,8 @@ async def test_two_tabs_show_one_conversation(tmp_path: Path) -> None:
             await tab.shows("1 2", "completed")
         assert_quiet(first.page, second.page)
 
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:  # a tab on another machine
+        url = f"http://127.0.0.1:{server.port}"
+        async with httpx.AsyncClient(base_url=url, timeout=CAP_S) as client:  # a tab on another machine
             body = {"input": "elsewhere", "background": True}
             assert (await client.post(f"/sessions/{session_id}/turns", json=body)).status_code == 202
         reply = await model.asked("elsewhere")
@@ -473,10 +475,10 @@ async def test_two_tabs_show_one_conversation(tmp_path: Path) -> None:
         assert_quiet(first.page, second.page, but=r"the server responded with a status of 409 \(\)")
 
 
-async def test_an_event_source_comes_back_after_a_crash(tmp_path: Path) -> None:
+async def test_an_event_source_comes_back_after_a_crash(tmp_path: Path, port: int) -> None:
     reply_text = "document.getElementById('reply').textContent"
     async with open_examples(tmp_path) as examples, open_model() as model:
-        async with serving(tmp_path, model.url, origin=examples.origin) as server:
+        async with serving(tmp_path, model.url, origin=examples.origin, port=port) as server:
             page = await examples.open_page("eventsource.html", server.port)
             await page.type_in("#message", "Count")
             await page.click("button")
@@ -484,7 +486,7 @@ async def test_an_event_source_comes_back_after_a_crash(tmp_path: Path) -> None:
             await page.wait_for(f"{reply_text} === '1 2 '")
             await stopped(server, signal.SIGKILL)
             await page.wait_for(f"{STATUS} === 'waiting for the server'")
-        async with serving(tmp_path, model.url, origin=examples.origin, port=server.port):
+        async with serving(tmp_path, model.url, origin=examples.origin, port=port):
             await page.wait_for(f"{STATUS} === 'interrupted'")
             await page.click("button")
             reply = await model.asked("Count")
@@ -518,10 +520,12 @@ def test_ci_fails_where_there_is_no_browser(monkeypatch: pytest.MonkeyPatch) -> 
 # Programs
 
 
-async def test_the_terminal_chat_streams_resumes_stops_at_ctrl_c_and_survives_a_crash(tmp_path: Path) -> None:
+async def test_the_terminal_chat_streams_resumes_stops_at_ctrl_c_and_survives_a_crash(
+    tmp_path: Path, port: int
+) -> None:
     trouble = r"\[the server does not answer; trying again\]\n"
     async with open_model() as model, contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serving(tmp_path, model.url))
+        server = await stack.enter_async_context(serving(tmp_path, model.url, port=port))
         proxy = await stack.enter_async_context(open_cutting_proxy(server.port, cut_after_seq=3))
         arguments = ("-m", "examples.chat", f"http://127.0.0.1:{proxy.port}", "me")
         chat, output = await stack.enter_async_context(program(*arguments, folder=ROOT))
@@ -545,7 +549,7 @@ async def test_the_terminal_chat_streams_resumes_stops_at_ctrl_c_and_survives_a_
         await output.until("^1 2 ")
         await stopped(server, signal.SIGKILL)
         await output.until(f"^{trouble}")
-        await stack.enter_async_context(serving(tmp_path, model.url, port=server.port))
+        await stack.enter_async_context(serving(tmp_path, model.url, port=port))
         await output.until(r"\[turn\.interrupted crash\]\n")
         await chat.stdin.send_all(b"Bye\n")
         await (await model.asked("Bye")).end()
