@@ -19,7 +19,7 @@ from tests.upstreams.raw_server import open_raw_server
 
 pytestmark = pytest.mark.processes
 
-CAP_S = 60
+CAP_S = 240
 """Bound of a test; not a promise of the client."""
 LOAD = "Promise.all([import('/tests/clients/client_driver.mjs'), import('/clients/js/lastcall.js')])"
 

@@ -27,7 +27,7 @@ from tests.upstreams.raw_server import open_raw_server
 
 pytestmark = pytest.mark.processes
 
-CAP_S = 40
+CAP_S = 180
 """Bound of a scenario; not a promise of the clients."""
 
 

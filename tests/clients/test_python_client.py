@@ -24,7 +24,7 @@ from tests.clients.scenarios import (
 )
 from tests.upstreams.raw_server import RawServer, open_raw_server
 
-CAP_S = 10
+CAP_S = 60
 """Bound of a test; not a promise of the client."""
 
 

@@ -19,7 +19,7 @@ from tests.postgres_server import PostgresServer
 from tests.sessions.puppet import Puppet
 from tests.sessions.turns.test_turns import start
 
-WAIT_S = 20
+WAIT_S = 120
 
 
 async def test_the_service_ends_when_its_store_has_lost_its_turns() -> None:

@@ -67,6 +67,7 @@ async def test_many_looks_at_a_disk_that_hangs_take_one_thread_and_none_of_the_o
                 "The reports of past shutdowns cannot be read: the disk has not answered within 0.01 s."
             )
             assert problem["retry_after_s"] == 10
+        await trio.to_thread.run_sync(hanging.begun.wait)  # a thread may begin late
         assert hanging.threads == 1
         assert others.borrowed_tokens == 0
         with capture_logs() as logged, trio.fail_after(60):
