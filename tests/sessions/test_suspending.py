@@ -46,6 +46,7 @@ from service.sessions.turns.turn_task import UNTOLD_MAX_S
 from service.sessions.upkeep.checkpoints import checkpoint_turns
 from service.sessions.upkeep.recovery import INTERVAL_S, run_recovery
 from service.settings import Settings
+from service.steps import at_once
 from service.stop_state import Phase, StopState
 from service.storage.memory import MemoryStore
 from service.storage.pieces import Run
@@ -1328,7 +1329,7 @@ async def test_an_end_that_the_store_still_refuses_is_not_told_because_another_p
     store, metrics = RefusesEnds(), Metrics()
 
     def counted(family: Family) -> dict[tuple[str, ...], list[float]]:
-        return metrics.memory.read([family])[family]
+        return at_once(metrics.memory.read([family]))[family]
 
     async with open_stage(store, metrics=metrics) as stage:
         await stage.sessions.create_session(NewSession(id="s"))

@@ -16,7 +16,7 @@ from service.steps import at_once
 from service.telemetry.metrics import families, memory
 from service.telemetry.metrics.exposition import exposed
 from service.telemetry.metrics.families import FAMILIES, TOKEN_GAP, Family
-from service.telemetry.metrics.memory import Memory
+from service.telemetry.metrics.memory import _SERIES_A_STEP, Memory
 from service.telemetry.metrics.metrics import Metrics
 from tests.telemetry.scrape import samples_of
 
@@ -52,7 +52,7 @@ def workers() -> Iterator[Workers]:
 
 
 def value(worker: Metrics, family: Family, *labels: str) -> list[float]:
-    return worker.memory.read(FAMILIES)[family][labels]
+    return at_once(worker.memory.read(FAMILIES))[family][labels]
 
 
 def test_each_worker_tells_the_sum_of_all(workers: Workers) -> None:
@@ -96,7 +96,7 @@ def test_a_gauge_that_only_the_worker_before_had_is_not_told(workers: Workers) -
     new.set(families.BUILD, "0.2.0", "3.11.7", to=1)
     new.add(families.STREAMS_OPEN, "responses")
     for worker in (stays, new):
-        read = worker.memory.read(FAMILIES)
+        read = at_once(worker.memory.read(FAMILIES))
         assert read[families.BUILD] == {("0.2.0", "3.11.7"): [1]}
         assert read[families.STREAMS_OPEN]["responses",] == [1]
         assert read[families.STREAMS_OPEN]["native",] == [0]
@@ -149,7 +149,7 @@ def test_series_that_do_not_fit_are_left_out_and_the_others_stay_right(
     for number in range(1000):
         worker.add(families.REFUSALS, f"code_{number}")
     worker.add(families.REFUSALS, "code_0")
-    told = worker.memory.read(FAMILIES)[families.REFUSALS]
+    told = at_once(worker.memory.read(FAMILIES))[families.REFUSALS]
     assert 10 < len(told) < 1000
     assert told[("code_0",)] == [2]
     assert {*map(tuple, told.values())} == {(1,), (2,)}
@@ -172,9 +172,30 @@ def test_threads_lose_no_count() -> None:
     assert sum(value(metrics, families.STORE_COMMIT)[:-1]) == 20_000
 
 
+def test_no_step_of_a_scrape_grows_with_the_series_or_the_workers(workers: Workers) -> None:
+    all_of_them = [workers.start() for _ in range(3)]
+    for worker in all_of_them:
+        for number in range(200):
+            worker.add(families.REFUSALS, f"code_{number}")
+    read = all_of_them[0].memory.read([families.REFUSALS])
+    assert len(list(read)) > 3 * 200 / _SERIES_A_STEP
+    assert value(all_of_them[0], families.REFUSALS, "code_7") == [3]
+
+
+def test_a_worker_that_makes_a_series_during_a_scrape_spoils_nothing(workers: Workers) -> None:
+    first, second = workers.start(), workers.start()
+    first.add(families.REFUSALS, "before")
+    second.add(families.REFUSALS, "before")
+    read = first.memory.read([families.REFUSALS])
+    next(read)
+    first.add(families.REFUSALS, "later")
+    assert value(first, families.REFUSALS, "later") == [1], "another scrape meanwhile"
+    assert at_once(read) == {families.REFUSALS: {("before",): [2.0]}}
+
+
 def test_a_thread_that_makes_a_series_during_a_scrape_doubles_none(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Metrics()
-    worker.memory.read(FAMILIES)
+    at_once(worker.memory.read(FAMILIES))
     worker.add(families.TURNS, "completed", "stop")
     decode = msgspec.json.decode
     store = threading.Thread(target=lambda: worker.set(families.WAL_BYTES, to=7))
@@ -186,7 +207,7 @@ def test_a_thread_that_makes_a_series_during_a_scrape_doubles_none(monkeypatch: 
         return decode(*arguments, **rest)
 
     monkeypatch.setattr(msgspec.json, "decode", decode_and_let_others_run)
-    worker.memory.read(FAMILIES)
+    at_once(worker.memory.read(FAMILIES))
     store.join()
     assert value(worker, families.TURNS, "completed", "stop") == [1]
     assert value(worker, families.WAL_BYTES) == [7]

@@ -12,7 +12,7 @@ stream does that is not read. It is refused before the turn begins.
 
 Short messages and cancels have to work while large requests have taken all room. So small requests have a reserve
 beyond the bound, a quarter of it, and are refused when the reserve is full, too. Tiny requests, such as probes, are
-never refused: the connection of each takes fifty times as much.
+never refused: the connection of each takes fifty times as much. Nor are the metrics, which tell of the refusals.
 """
 
 from collections.abc import Iterator

@@ -18,7 +18,8 @@ MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 def exposed(memory: Memory) -> Steps[bytes]:
     """The numbers of all processes that share this memory."""
     pieces = []
-    for family, series in memory.read(FAMILIES).items():
+    read = yield from memory.read(FAMILIES)
+    for family, series in read.items():
         if series:
             pieces.append(generate_latest(_One(_metric(family, series))))
             yield

@@ -26,6 +26,7 @@ import msgspec
 import structlog
 
 from service.byte_locks import lock, others_hold
+from service.steps import Steps
 from service.telemetry.metrics.families import Family
 
 logger = structlog.get_logger("lastcall.metrics")
@@ -39,6 +40,8 @@ _LOCKS_AT = 1 << 40
 _HEAD = struct.Struct("=qq")
 _ENTRY = struct.Struct("=iii4x")
 _WORD = 8
+
+_SERIES_A_STEP = 64
 
 Key = tuple[str, tuple[str, ...]]
 """A series: the name of its metric, and the values of its labels."""
@@ -160,14 +163,17 @@ class Memory:
         """How many processes have a slot, this one included."""
         return 1 + sum(self._lives(number) for number in self._slots())
 
-    def read(self, families: Sequence[Family]) -> dict[Family, dict[tuple[str, ...], list[float]]]:
+    def read(self, families: Sequence[Family]) -> Steps[dict[Family, dict[tuple[str, ...], list[float]]]]:
         """The numbers of all processes, for each series of these metrics."""
         known = {(family.name, family.bounds): family for family in families}
         found: dict[Family, dict[tuple[str, ...], list[float]]] = {family: {} for family in families}
         with self._writing:  # a thread that makes a series reads the slot, too
             self._own.read()
         for slot, is_own, lives in self._all_slots():
-            for entry in slot.entries if is_own else slot.read():
+            entries = slot.entries if is_own else slot.read()
+            for count, entry in enumerate(tuple(entries), 1):  # others may be found meanwhile
+                if not count % _SERIES_A_STEP:
+                    yield
                 family = known.get((entry.name, entry.bounds))
                 if family is None or (family.kind == "gauge" and not lives) or (family.across == "own" and not is_own):
                     continue
@@ -179,6 +185,7 @@ class Memory:
                     merge: Callable[[float, float], float] = max if family.across == "max" else float.__add__
                     numbers = [merge(one, other) for one, other in zip(before, numbers, strict=True)]
                 found[family][entry.labels] = numbers
+            yield
         return found
 
     def _all_slots(self) -> Iterator[tuple["_Slot", bool, bool]]:

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import trio
 
-from service.api.http.app_state import LOOPBACK_HOST_ONLY, METRICS_ONLY
+from service.api.http.app_state import LOOPBACK_HOST_ONLY, METRICS_ONLY, held_bytes_of
+from service.api.http.held_bytes import SMALL_BYTES
 from service.errors import ModelError, StoreError
 from service.models.client import ModelRequest
 from service.models.retrying import RetryingClient
 from service.sessions.events.streams import Streams
 from service.steps import at_once
 from service.stop_state import Phase, StopState
+from service.telemetry.metrics import families
 from service.telemetry.metrics.exposition import exposed
 from service.telemetry.metrics.metrics import Metrics
 from tests.api.inprocess import SSE, Api, open_api
@@ -159,6 +161,17 @@ async def test_refused_requests_are_counted_by_code() -> None:
         told = await scrape(api)
     assert told["lastcall_refusals_total", "code=session_not_found"] == 2
     assert told["lastcall_refusals_total", "code=not_found"] == 1
+
+
+async def test_the_metrics_are_told_where_all_room_for_answers_is_taken() -> None:
+    async with open_api() as api:
+        for number in range(200):
+            api.service.gauges.metrics.add(families.REFUSALS, f"a_code_that_makes_the_answer_large_{number}")
+        held, more = held_bytes_of(api.app), 2 * api.service.settings.held_bytes_max
+        held.bytes += more
+        reply = await api.call("GET", "/metrics")
+        assert (reply.status, len(reply.body) > SMALL_BYTES) == (200, True)
+        assert held.bytes == more, "the answer counted while it was sent"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from trio.testing import MockClock
 from service.errors import StoreError
 from service.sessions.upkeep.expiry import run_expiry
 from service.sessions.upkeep.run_every import RUN_MAX_S
+from service.steps import at_once
 from service.storage.memory import MemoryStore
 from service.telemetry.metrics import families
 from service.telemetry.metrics.metrics import Metrics
@@ -52,7 +53,7 @@ async def counts_after(store: MemoryStore, *, for_s: float, store_timeout_s: flo
         await nursery.start(lambda task_status: run(store_timeout_s=store_timeout_s, task_status=task_status))
         await trio.sleep(for_s)
         nursery.cancel_scope.cancel()
-    read = metrics.memory.read([families.SWEEPS, families.EXPIRED])
+    read = at_once(metrics.memory.read([families.SWEEPS, families.EXPIRED]))
     return [read[families.SWEEPS][it,][0] for it in RESULTS], read[families.EXPIRED][()][0]
 
 
