@@ -97,7 +97,10 @@ async def _opened(parts: _Parts, flush_deadline: Callable[[], float]) -> AsyncIt
     finally:
         with trio.CancelScope(shield=True, deadline=flush_deadline()) as bound:
             parts.exporter.end_soon()
-            await trio.to_thread.run_sync(parts.provider.shutdown, abandon_on_cancel=True)
+            try:
+                await trio.to_thread.run_sync(parts.provider.shutdown, abandon_on_cancel=True)
+            except Exception as error:  # noqa: BLE001  no thread can be started, or the libraries fail: traces only
+                logger.warning("traces were lost: they could not be sent at the end of the stop", reason=repr(error))
         parts.losses.tell()
         if bound.cancelled_caught:
             logger.warning("traces were lost: the collector did not take them before the end of the stop")

@@ -514,6 +514,21 @@ async def end_with(exporter: SpanExporter | None, wait: Callable[[], object] = b
     return log
 
 
+async def test_an_end_without_a_thread_loses_traces_and_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    with kept_log("json") as read:
+        async with open_tracing(exporter=exporter, flush_deadline=lambda: inf):
+
+            async def no_thread(shutdown: Callable[[], object], **_: object) -> None:
+                monkeypatch.undo()
+                await trio.to_thread.run_sync(shutdown)  # so that this test leaves no thread of the libraries
+                raise RuntimeError("can't start new thread")
+
+            monkeypatch.setattr("trio.to_thread.run_sync", no_thread)
+        [told] = lines_of(read(), "traces were lost: they could not be sent at the end of the stop")
+    assert (told["level"], told["reason"]) == ("warning", 'RuntimeError("can\'t start new thread")')
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
