@@ -158,13 +158,16 @@ class CallNotes:
 
     Attributes:
         repeats: How often the upstream was asked again after a failure.
+        find_deadline: Names the deadline that has ended the call, as the failure's code; None if none has, such as
+            where a caller has left.
     """
 
-    __slots__ = ("fields", "repeats")
+    __slots__ = ("fields", "find_deadline", "repeats")
 
     def __init__(self, fields: Mapping[str, str] = MappingProxyType({})) -> None:
         self.fields = fields
         self.repeats = 0
+        self.find_deadline: Callable[[], str | None] | None = None
 
     def note_server(self, host: str, port: int, *, provider: str | None) -> None:
         """Note where the model's server is, and what OpenTelemetry's conventions call its provider, if they know it."""

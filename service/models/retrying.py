@@ -129,7 +129,7 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
 
     async def _attempt(self, request: ModelRequest) -> ModelStream:
         """Begin a stream, and count how that went."""
-        result = "abandoned"
+        result = None
         try:
             stream = await self._begin(request)
             result = "ok"
@@ -138,6 +138,9 @@ class _RetriedStream(AbstractAsyncContextManager[ModelStream]):
             result = self._failed_with = error.code
             raise
         finally:
+            if result is None:  # cancelled: the upstream has failed only if it was silent up to a deadline
+                find_deadline = None if request.notes is None else request.notes.find_deadline
+                result = (find_deadline and find_deadline()) or "abandoned"
             self._metrics.add(families.UPSTREAM_CALLS, self._client.name, result)
 
     async def _begin(self, request: ModelRequest) -> ModelStream:

@@ -6,6 +6,7 @@ on elsewhere has no end here: its growth is stored, and the streams end without 
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -344,6 +345,7 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
 
     call = None if turn.trace is None else turn.trace.begin_call(turn.record_at_first())
     notes = call or CallNotes()
+    notes.find_deadline = partial(_find_deadline, turn)
     stream: ModelStream | None = None
     failure: ModelError | None = None
     try:
@@ -367,6 +369,14 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
         if call is not None:
             _end_call(turn, call, stream, failure)
     return None
+
+
+def _find_deadline(turn: Turn) -> str | None:
+    """The code of the deadline that has ended a turn's work; None if something else has."""
+    end = turn.end
+    if end is None and turn.deadlines.have_stopped():
+        end = turn.deadlines.end()
+    return outcome.code_of(end) if isinstance(end, outcome.Failed) else None
 
 
 def _end_call(turn: Turn, call: CallTrace, stream: ModelStream | None, failure: ModelError | None) -> None:

@@ -139,7 +139,8 @@ REFUSALS = Family(
 
 UPSTREAM_CALLS = Family(
     "lastcall_upstream_calls_total",
-    "Attempts to get a reply from an upstream: ok if it has begun, abandoned if a deadline or a caller ended the wait, "
+    "Attempts to get a reply from an upstream: ok if it has begun, abandoned if a caller or a stop ended the wait, "
+    "first_token_timeout or turn_timeout if the deadline did, "
     "otherwise the code of the error",
     labels=("upstream", "result"),
 )

@@ -310,6 +310,26 @@ async def test_attempts_at_an_upstream_and_their_repetitions_are_counted(autojum
     assert told["lastcall_upstream_retries_total", f"code=rate_limited,upstream={name}"] == 2
 
 
+async def test_an_upstream_that_is_silent_up_to_a_deadline_has_failed_and_one_whose_caller_leaves_has_not(
+    autojump_clock: object,
+) -> None:
+    model_url = "scripted:?tokens=1&first_token_s=1000"
+    async with open_api(model_url=model_url, first_token_timeout_s=20, turn_timeout_s=100) as api:
+        session = await api.new_session()
+        path = f"/sessions/{session}/turns"
+        reply = await api.call("POST", path, {"input": "a"})
+        assert reply.json["error"]["code"] == "first_token_timeout"
+        reply = await api.call("POST", path, {"input": "a", "background": True})
+        await trio.sleep(1)
+        await api.call("POST", f"{reply.headers['location']}/cancel")
+        told = await scrape(api)
+    calls = {labels: value for (name, labels), value in told.items() if name == "lastcall_upstream_calls_total"}
+    assert calls == {
+        "result=first_token_timeout,upstream=scripted": 1,
+        "result=abandoned,upstream=scripted": 1,
+    }
+
+
 async def begin(client: RetryingClient) -> None:
     async with client.stream(ModelRequest(model="m", prompt=())) as stream:
         await stream.receive()
