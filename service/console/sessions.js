@@ -5,6 +5,8 @@ import { ago, count, counted, date, until } from "./format.js";
 import { refused } from "./words.js";
 
 const PAGE = 50;
+const ROWS_MAX = 2 * PAGE; // with more, and nothing but the first of them seen, the list begins anew
+const TOP_PX = 600;
 const SEARCH_PAUSE_MS = 250;
 const REFRESH_MS = 10_000;
 const CLOCKS_MS = 30_000;
@@ -22,6 +24,8 @@ export class SessionList {
   #search;
   #total;
   #next = null; // where the next page begins; null at the end
+  #newest; // the newest conversation when the first page was last shown
+  #isBehind = false; // whether newer ones are not shown yet
   #isLoading = false;
   #load = new AbortController();
   #selected = null;
@@ -56,7 +60,7 @@ export class SessionList {
     );
     this.#list.addEventListener("keydown", (event) => this.#move(event));
     const { signal } = context;
-    scroller.addEventListener("scroll", () => this.#isNear() && this.#more(), { passive: true });
+    scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     const refresh = setInterval(() => document.visibilityState === "visible" && this.refresh(), REFRESH_MS);
     const clocks = setInterval(() => this.#showTimes(), CLOCKS_MS);
     signal.addEventListener("abort", () => {
@@ -105,18 +109,36 @@ export class SessionList {
     try {
       const { signal } = this.#load;
       const page = await this.#context.client.listSessions({ limit: PAGE, count: true, signal });
-      if (signal.aborted || this.#query) return;
+      if (signal.aborted || this.#query || this.#isLoading) return;
       this.#showTotal(page.count);
       const ids = new Set(page.data.map((it) => it.id));
       const oldest = page.data.at(-1)?.created_at ?? "";
       for (const [id, { session }] of [...this.#rows]) {
         if (!ids.has(id) && (page.next === null || session.created_at > oldest)) this.remove(id);
       }
-      if (this.#rows.size === 0) this.#next = page.next;
-      for (const session of page.data.toReversed()) this.#show(session, { isNew: true });
+      const isJoined = this.#newest !== undefined && (ids.has(this.#newest.id) || oldest < this.#newest.created_at);
+      const isAtTop = this.#isAtTop();
+      if (isAtTop) {
+        if (this.#rows.size === 0 || page.next === null || !isJoined || this.#rows.size > ROWS_MAX) this.#keep(ids, page.next);
+        this.#newest = page.data[0];
+      }
+      // Further down nothing is put above what is read: it comes with the way back to the top.
+      this.#isBehind = !isAtTop && page.data.some((it) => !this.#rows.has(it.id));
+      for (const session of page.data.toReversed()) if (isAtTop || this.#rows.has(session.id)) this.#show(session, { isNew: true });
       this.#showStatus();
+      if (this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
     } catch (error) {
       this.#trouble(error);
+    }
+  }
+
+  /** Takes the rows of others than these away: the list goes on at `next`. The open conversation keeps its row. */
+  #keep(ids, next) {
+    this.#next = next;
+    for (const [id, { element }] of [...this.#rows]) {
+      if (ids.has(id) || id === this.#selected || element.contains(document.activeElement)) continue;
+      this.#rows.delete(id);
+      element.remove();
     }
   }
 
@@ -128,6 +150,8 @@ export class SessionList {
     this.#rows.clear();
     this.#list.replaceChildren();
     this.#next = undefined;
+    this.#newest = undefined;
+    this.#isBehind = false;
     await this.#more();
   }
 
@@ -153,14 +177,26 @@ export class SessionList {
       this.#next = page.next;
       if (page.count !== undefined) this.#showTotal(page.count);
       else if (first) this.#total.textContent = "";
+      if (first && !q) this.#newest = page.data[0];
       for (const session of page.data) this.#show(session, { isNew: false });
       this.#showStatus();
+      if (this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
     } catch (error) {
       this.#trouble(error);
     } finally {
       if (!signal.aborted) this.#isLoading = false;
     }
-    if (!signal.aborted && this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
+  }
+
+  #scrolled() {
+    if (this.#isNear()) this.#more();
+    if (!this.#isBehind || !this.#isAtTop()) return;
+    this.#isBehind = false;
+    this.refresh();
+  }
+
+  #isAtTop() {
+    return this.#sentinel.parentElement.scrollTop < TOP_PX;
   }
 
   /** Whether the end of the list is seen, or will be soon. */
@@ -170,7 +206,7 @@ export class SessionList {
   }
 
   #trouble(error) {
-    if (this.#load.signal.aborted || this.#context.signal.aborted || error.status === 401) return;
+    if (this.#load.signal.aborted || this.#context.signal.aborted) return;
     if (!this.#rows.size) this.#tell(refused(error));
   }
 
@@ -194,8 +230,8 @@ export class SessionList {
       row = this.#row(session);
       this.#rows.set(session.id, row);
       if (isNew) this.#list.prepend(row.element);
-      else this.#list.append(row.element);
     }
+    if (!isNew && !row.element.contains(document.activeElement)) this.#list.append(row.element);
     row.session = session;
     const { parts } = row;
     row.element.dataset.status = session.status;
