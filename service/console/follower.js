@@ -54,8 +54,10 @@ export class Follower {
         this.#acts.onEvent(event, this.stream);
       }
       tell();
+      this.log.isOver = true;
       this.#acts.onEnd(null);
     } catch (error) {
+      this.log.isOver = true;
       if (!this.#left.signal.aborted) this.#acts.onEnd(error);
     }
   }

@@ -27,6 +27,7 @@ export class TurnLog {
   from = null; // the first event's seq
   isConnected = false;
   end = null;
+  isOver = false; // whether nothing more is noted, also without an end
   startedAt;
   firstAt = null;
   #lastAt = null;
@@ -212,7 +213,7 @@ export class Timeline {
     this.#drawn = performance.now();
     this.#drawPicture();
     this.#drawWords();
-    if (!this.#log.end) this.touch();
+    if (!this.#log.end && !this.#log.isOver) this.touch();
   }
 
   #drawWords() {

@@ -104,7 +104,7 @@ export function mount(root, context) {
   );
 
   const rows = treeRows({
-    scroller, model, describe, isStill: context.isStill,
+    scroller, model, signal, describe, isStill: context.isStill,
     onActive: (node, isAsked) => isAsked && choose(node), // the details of a node stay when its row goes
     onChange: () => render(),
   });

@@ -19,12 +19,13 @@ const STEP_NARROW = 11;
  * @param {object} options
  * @param {HTMLElement} options.scroller the element with the role `tree`
  * @param {import("./tree_model.js").TreeModel} options.model
+ * @param {AbortSignal} options.signal ends with the view
  * @param {(row: Row) => {state: string, details: string, spoken: string, deadline: object | null}} options.describe
  * @param {(node: TreeNode | null) => void} options.onActive another row is the active one
  * @param {() => void} options.onChange rows were opened or closed
  * @param {() => boolean} options.isStill whether nothing may move
  */
-export function treeRows({ scroller, model, describe, onActive, onChange, isStill }) {
+export function treeRows({ scroller, model, signal, describe, onActive, onChange, isStill }) {
   const space = h("div", { class: "tree-space", role: "presentation" });
   scroller.append(space);
   const narrow = matchMedia("(max-width: 38rem)");
@@ -327,7 +328,7 @@ export function treeRows({ scroller, model, describe, onActive, onChange, isStil
   };
   scroller.addEventListener("scroll", repaint, { passive: true });
   new ResizeObserver(repaint).observe(scroller);
-  narrow.addEventListener("change", () => onChange());
+  narrow.addEventListener("change", () => onChange(), { signal }); // the list lives as long as the page
 
   return {
     replace,

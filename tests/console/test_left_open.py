@@ -59,3 +59,52 @@ async def test_the_list_of_conversations_has_no_hole_and_does_not_grow_by_itself
     await first_row_is(page, (await newest(tabs, 1))[0])
     assert await page.get(ROWS) == await newest(tabs, PAGE)
     await page.get(DELETE)
+
+
+async def test_a_view_that_was_left_hears_nothing_more(tabs: Tabs) -> None:
+    page = await tabs.open("#/shutdowns")
+    await page.get("""(() => {
+      window.signals = [];
+      const listen = MediaQueryList.prototype.addEventListener;
+      MediaQueryList.prototype.addEventListener = function (type, act, options) {
+        signals.push(options?.signal);
+        return listen.call(this, type, act, options);
+      };
+    })()""")
+    await page.get("location.hash = '#/tree'")
+    await page.wait_for("document.querySelectorAll('.row').length > 3")
+    assert set(await page.get("signals.map((it) => it?.aborted)")) == {False}
+    await page.get("location.hash = '#/shutdowns'")
+    await page.wait_for("document.querySelector('.view.shutdowns h1')")
+    assert set(await page.get("signals.map((it) => it?.aborted)")) == {True}
+
+
+async def test_a_timeline_is_drawn_until_its_stream_is_over_also_without_an_end(tabs: Tabs) -> None:
+    page = await tabs.open("#/chat")
+    seen = await page.get("""(async () => {
+      const of = (name) => import(document.querySelector('script[type=module]').src.replace('app.js', name));
+      const [{ Follower }, { Timeline }] = await Promise.all([of('follower.js'), of('timeline.js')]);
+      const [timed, pauses] = [setTimeout, []];
+      window.setTimeout = (act, ms) => (pauses.push(ms), timed(act, ms));
+      const asks = (timeline) => {
+        const before = pauses.length;
+        timeline.draw();
+        return pauses.length > before;
+      };
+      const acts = { onEnd() {}, onTurn() {}, onEvent() {} };
+      const found = [];
+      for (const ends of [() => { throw new Error('refused'); }, () => {}]) {
+        const follower = new Follower({}, acts);
+        let timeline = new Timeline(follower.log);
+        document.body.append(timeline.element);
+        found.push(asks(timeline));
+        timeline.close();
+        await follower.run(async function* () { ends(); });
+        timeline = new Timeline(follower.log);
+        document.body.append(timeline.element);
+        found.push(asks(timeline));
+        timeline.close();
+      }
+      return found;
+    })()""")
+    assert seen == [True, False, True, False]
