@@ -62,19 +62,27 @@ function copyByHand(text) {
   return done;
 }
 
-/** Appends a text. What is not seen in it is shown, and not obeyed. */
-export function write(parent, text) {
+/**
+ * Appends a text. What is not seen in it is shown, and not obeyed: the first of it by name, in at most `namedMax` elements.
+ * Returns how many elements it made.
+ */
+export function write(parent, text, namedMax = NAMED_MAX) {
   let place = 0;
   let count = 0;
   UNSEEN.lastIndex = 0;
   for (let found; (found = UNSEEN.exec(text)); ) {
-    if ((count += 1) > NAMED_MAX) return parent.append(text.slice(place).replace(UNSEEN, "\ufffd"));
+    if (count === namedMax) {
+      parent.append(text.slice(place).replace(UNSEEN, "\ufffd"));
+      return count;
+    }
+    count += 1;
     if (found.index > place) parent.append(text.slice(place, found.index));
     parent.append(named(found[0]));
     place = found.index + found[0].length;
   }
   if (place === 0) parent.append(text);
   else if (place < text.length) parent.append(text.slice(place));
+  return count;
 }
 
 function named(run) {
@@ -305,7 +313,11 @@ class Blocks {
 
   /** Whether there are so many elements that the rest is text and nothing else. */
   get #isPlain() {
-    return this.#nodes > NODES_MAX && this.#leaf?.kind !== "code";
+    return this.#isFull && this.#leaf?.kind !== "code";
+  }
+
+  get #isFull() {
+    return this.#nodes > NODES_MAX;
   }
 
   #plain(line) {
@@ -352,7 +364,7 @@ class Blocks {
   #render(leaf) {
     leaf.isDirty = false;
     leaf.element.replaceChildren();
-    if (this.#nodes > NODES_MAX) return write(leaf.element, leaf.text);
+    if (this.#isFull) return write(leaf.element, leaf.text, 0);
     leaf.nodes ??= 0;
     const made = inline(leaf.element, leaf.text);
     this.#nodes += made - leaf.nodes;
@@ -457,7 +469,7 @@ class Blocks {
     leaf.raw.push(text);
     leaf.size += text.length;
     leaf.line += text.length;
-    if (text) write(leaf.chunk, text);
+    if (text) this.#nodes += write(leaf.chunk, text, this.#isFull ? 0 : NAMED_MAX);
     else if (!leaf.chunk.hasChildNodes()) leaf.chunk.append("");
   }
 
@@ -489,7 +501,7 @@ class Blocks {
     const cells = cellsOf(line.slice(0, LEAF_MAX));
     leaf.sides.forEach((side, index) => {
       const cell = h(tag, { dir: "auto", class: side, scope: tag === "th" ? "col" : null });
-      if (this.#nodes > NODES_MAX) write(cell, cells[index] ?? "");
+      if (this.#isFull) write(cell, cells[index] ?? "", 0);
       else this.#nodes += 1 + inline(cell, cells[index] ?? "");
       row.append(cell);
     });
@@ -533,7 +545,7 @@ export function safeAddress(text) {
   }
 }
 
-/** Puts a text with its marks into an element. Returns how many elements it made. */
+/** Puts a text with its marks into an empty element. Returns how many elements it made. */
 export function inline(parent, text) {
   const ticks = ticksOf(text);
   const items = []; // texts, elements, marks, and brackets that may open a link
@@ -613,7 +625,8 @@ export function inline(parent, text) {
     MARK.lastIndex = next;
   }
   say(text.slice(place));
-  return build(parent, items);
+  build(parent, items);
+  return parent.getElementsByTagName("*").length; // with those inside of links
 }
 
 function runAt(text, at) {
@@ -660,7 +673,7 @@ function marksOf(text, at, run) {
 
 const TAGS = { "*": "em", _: "em", "**": "strong", __: "strong", "~~": "s" };
 
-/** Elements of items, with the emphasis of those marks that have a partner. Returns how many. */
+/** Elements of items, with the emphasis of those marks that have a partner. */
 function build(parent, items) {
   const open = []; // indexes of marks
   const ends = new Map(); // of the opening mark, by the index of the closing one
@@ -674,7 +687,6 @@ function build(parent, items) {
       open.length = partner; // marks between the two have no partner
     } else if (item.opens && open.length < MARKS_MAX) open.push(index);
   });
-  let made = 0;
   const parents = [parent];
   items.forEach((item, index) => {
     const into = parents.at(-1);
@@ -682,14 +694,10 @@ function build(parent, items) {
       const element = h(TAGS[item.mark]);
       into.append(element);
       parents.push(element);
-      made += 1;
     } else if (ends.has(index)) parents.pop();
-    else if (item.make) {
-      into.append(item.make());
-      made += 1;
-    } else write(into, item.text ?? item.mark);
+    else if (item.make) into.append(item.make());
+    else write(into, item.text ?? item.mark);
   });
-  return made;
 }
 
 function codeSpan(text) {

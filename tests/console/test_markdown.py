@@ -113,3 +113,15 @@ async def test_texts_made_to_be_slow_are_shown_in_bounded_steps(tabs: Tabs) -> N
         )
         assert nodes < 30_000, (name, nodes)
         assert length > 0 or name == "bars", name
+
+
+async def test_characters_that_are_not_seen_are_elements_only_up_to_a_bound_however_they_arrive(tabs: Tabs) -> None:
+    page = await renderer(tabs)
+    named = "\x01a" * 30
+    for before, piece in (("```\n", named), ("", f"{named}\n"), ("", "\x01a\n" * 30)):
+        await page.get(f"show([{json.dumps(before)}, ...Array(1000).fill({json.dumps(piece)})])")
+        made = await page.get("document.querySelectorAll('.markdown *').length")
+        assert 1000 < made < 23_000, (before, piece, made)
+    links = "[" + "**b** " * 20 + "](https://example.org) "
+    await page.get(f"show([{json.dumps(links * 1300)}])")
+    assert await page.get("document.querySelectorAll('.markdown *').length") < 23_000
