@@ -16,7 +16,8 @@ export const ADDRESS = new URL("../../", import.meta.url).href.replace(/\/$/, ""
  * - `state`, when `state` changes: `connecting`, `online`, `closing` (it shuts down and still answers), `unreachable`
  *   (no answer: it is stopped, or the network is gone), `offline` (the browser says so);
  * - `back`, when it answers again after it did not: read again what may have changed;
- * - `key`, when it wants a key, or another one than this tab has; and after a key was entered.
+ * - `key`, at the first call that is refused for want of a key, or of another one than this tab has, and then at each
+ *   such call that would change something; and after a key was entered.
  */
 export class Service extends EventTarget {
   state = "connecting";
@@ -55,7 +56,7 @@ export class Service extends EventTarget {
       if (!options?.signal?.aborted) this.#soon(0);
       throw error;
     }
-    if (answer.status === 401) this.#refused();
+    if (answer.status === 401) this.#refused(options?.method ?? "GET");
     if (answer.status === 503) this.#soon(0);
     return answer;
   };
@@ -104,7 +105,8 @@ export class Service extends EventTarget {
     this.#timer = setTimeout(() => this.probe(), ms);
   }
 
-  #refused() {
+  #refused(method) {
+    if (this.wantsKey && method === "GET") return; // what looks goes on by itself, and a person may have put the key off
     this.wantsKey = true;
     this.dispatchEvent(new Event("key"));
   }

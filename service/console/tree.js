@@ -128,7 +128,10 @@ export function mount(root, context) {
         if (signal.aborted) return;
         if (looking.signal.aborted) continue; // hidden, paused, or another worker
         if (worker !== null && error.status === 404) worker = null;
-        else showTrouble(error);
+        else {
+          showTrouble(error);
+          if (!mayPass(error)) return; // another key shows the view anew
+        }
       }
       if (isPaused) await resumed();
       else await pause(AGAIN_MS, signal);

@@ -19,6 +19,36 @@ NOTE_NOTICES = """(() => { // some are shown for seconds only
 })()"""
 
 
+async def is_asked_for_a_key_once(tabs: Tabs, url: str) -> None:
+    """A question that was closed does not come back by itself, and the view Tree does not ask the server again."""
+    page = await tabs.open("#/chat", url=url)
+    await page.wait_for("document.querySelector('dialog[open]')")
+    await page.press("Escape")
+    await page.wait_for("document.querySelector('.list-status').innerText === 'The server asks for a key.'")
+    await page.get("""(() => {
+      const [fetched, timed] = [fetch, setTimeout];
+      window.asked = [];
+      window.fetch = (url, options) => (asked.push(new URL(url, location).pathname), fetched(url, options));
+      window.setTimeout = (act, ms) => timed(act, ms === 1000 ? 0 : ms); // the pause of Tree between two attempts
+    })()""")
+    await page.get("location.hash = '#/tree'")
+    await page.wait_for("document.querySelector('.tree-trouble')?.innerText.includes('This needs a key')")
+    for _ in range(5):
+        await page.get("fetch('readyz').then(() => null)")
+    assert await page.get("asked.filter((it) => it.startsWith('/admin'))") == ["/admin/tree/events"]
+    assert await page.get("document.querySelector('dialog')") is None
+    await page.get("location.hash = '#/chat'")
+    await page.wait_for("document.querySelector('.box')")
+    await page.type_in(".box", "Is anybody there?")
+    await page.press("Enter")
+    await page.wait_for("document.querySelector('dialog[open]')")
+    await page.press("Escape")
+    await page.wait_for("!document.querySelector('dialog')")
+    await page.click("[aria-label='Enter a key']")
+    await page.wait_for("document.querySelector('dialog[open]')?.innerText.includes('This server asks for a key')")
+    await page.call("Page.close")
+
+
 async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
     tabs: Tabs, tmp_path: Path, port: int
 ) -> None:
@@ -34,6 +64,7 @@ async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
     async with own_server(tmp_path, settings, port=port, key=KEY) as (server, process):
         url = server.url
         session = await server.new_session("slow")
+        await is_asked_for_a_key_once(tabs, url)
         chat = ChatPage(await tabs.open(f"#/chat/{session}", url=url))
         await chat.has("This server asks for a key", "dialog")
         await chat.page.type_in("dialog input", KEY)
