@@ -415,7 +415,7 @@ export class TurnStream {
         answer?.connection?.close();
       }
       if (this.end !== null) return;
-      patience.pauseS = decoder.retryS ?? patience.pauseS;
+      patience.pauseS = decoder.retryS || patience.pauseS; // a pause of 0 would stay 0 at each attempt
       // A server that has handed the turn over is asked again at once, but not twice without an event between.
       if (decoder.hasMoved && patience.attempts === 0) patience.attempts = 1;
       else await patience.wait(trouble);

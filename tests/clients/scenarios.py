@@ -360,6 +360,11 @@ SCENARIOS: dict[str, Scenario] = {
         [SEEN_ALL | {"wait_codes": ["cut"], "waits_at_most": 0.01}],
         [POST, COME_BACK],
     ),
+    "a stream that asks for no pause is asked again with one": Scenario(
+        [answers(b"retry: 0\n" + STARTED + delta(2, TEXT[:9])), replays(WHOLE)],
+        [SEND],
+        [SEEN_ALL | {"wait_codes": ["cut"], "waits_at_least": BOUNDS["pause_s"] / 2}],
+    ),
     "a turn that moved is resumed at once, and its text begins again where it says": Scenario(
         [
             answers(RETRY + STARTED + delta(2, EMOJI) + b": moved\n"),
