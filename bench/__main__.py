@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -73,6 +74,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Programme, Path, str | No
         parser.error(f"--faces: only a Lastcall has them, not {', '.join(only)}")
     if options.telemetry and (faces or options.scenario not in TELLING):
         parser.error(f"--telemetry belongs to {' and '.join(TELLING)} without --faces")
+    if options.telemetry and find_spec("opentelemetry") is None:
+        parser.error("--telemetry needs the libraries of traces: the extra otel is not installed")
     if options.compare is not None:
         _check_comparison(parser, options.scenario, only, options.compare)
     programme = Programme(

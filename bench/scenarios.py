@@ -68,7 +68,7 @@ class Programme:
     def _variants_of(self, contender: Contender) -> list[Contender]:
         """Return the same server by its faces, and with all telemetry, as far as that is asked for."""
         telling = contender.with_telemetry() if self.telemetry and not self.compared else []
-        return [*contender.through(self.faces), *(it for it in telling if it.missing is None)]
+        return [*contender.through(self.faces), *telling]
 
     @property
     def _native(self) -> list[Contender]:

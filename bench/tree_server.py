@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from bench.server_process import ServerProcess
+from bench.server_process import ServerFailedError, ServerProcess
 from bench.watched_server import run_server
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 LONG_S = 0.001
 """Steps of other tasks that are shorter are not kept."""
+STEPS_MAX_S = 120.0
+"""How long a server may need to write its steps: some hundred thousand of them."""
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
@@ -88,12 +90,20 @@ class StepWatch(trio.abc.Instrument):
 
 
 async def ask_steps(server: ServerProcess, path: Path) -> Sequence[Step]:
-    """Ask a server, whose ``BENCH_STEPS`` is this path, for all steps so far."""
+    """Ask a server, whose ``BENCH_STEPS`` is this path, for all steps so far.
+
+    Raises:
+        ServerFailedError: It has ended, or does not write them.
+    """
     server.signal_main(signal.SIGUSR1)
     steps = trio.Path(path)
-    while not await steps.exists():  # noqa: ASYNC110  another process's file sets no event
-        await trio.sleep(0.05)
-    return msgspec.json.decode(await steps.read_bytes(), type=list[Step])
+    with trio.move_on_after(STEPS_MAX_S):
+        while not await steps.exists():  # another process's file sets no event
+            if server.gone is not None:
+                raise ServerFailedError("the server has ended", exit_code=server.gone.exit_code, log=server.log())
+            await trio.sleep(0.05)
+        return msgspec.json.decode(await steps.read_bytes(), type=list[Step])
+    raise ServerFailedError("the server does not write its steps", exit_code=None, log=server.log())
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ class Contender:
     def with_telemetry(self) -> "list[Contender]":
         """Return this server with all its telemetry on, access log and traces beside the metrics; none if it has none.
 
-        The libraries of traces have to be installed.
+        The libraries of traces have to be installed: the command line refuses to begin without them.
         """
         if not self.is_lastcall:
             return []

@@ -213,6 +213,19 @@ def test_a_comparison_that_cannot_be_is_refused_at_once(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("compared", [(), ("--compare", "HEAD")])
+def test_telemetry_is_not_left_out_silently_where_its_libraries_are_missing(
+    compared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("relay", "--only", "lastcall", "--telemetry", *compared)
+    assert parse_arguments(arguments)[0].telemetry
+    monkeypatch.setattr("bench.__main__.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as exited:
+        parse_arguments(arguments)
+    assert exited.value.code == 2
+    assert "the extra otel is not installed" in capsys.readouterr().err
+
+
 @pytest.fixture
 def served(repository: Path) -> Iterator[Path]:
     """The repository with this project's service in its newest commit."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from bench import tree_server
 from bench.load import Load
 from bench.peers import open_load, open_upstream
 from bench.plan import (
@@ -231,6 +232,17 @@ async def test_a_server_that_ends_before_it_listens_has_failed_to_start(tmp_path
             pass
     assert failed.value.exit_code == 78
     assert "no such setting" in failed.value.log
+
+
+@pytest.mark.parametrize(("steps_max_s", "said"), [(60, "the server has ended"), (0, "does not write its steps")])
+async def test_a_server_that_writes_no_steps_has_failed(
+    steps_max_s: float, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal that asks for them ends this server."""
+    monkeypatch.setattr(tree_server, "STEPS_MAX_S", steps_max_s)
+    async with open_misbehaving(tmp_path) as server:
+        with pytest.raises(ServerFailedError, match=said):
+            await tree_server.ask_steps(server, tmp_path / "steps.json")
 
 
 async def test_a_server_that_ignores_its_signal_is_killed_on_leaving(tmp_path: Path) -> None:
