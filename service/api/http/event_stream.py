@@ -40,10 +40,10 @@ _HEARTBEAT = b": heartbeat\n"
 the last id, such as httpx-sse 0.4.3, would take a blank line for an empty event."""
 _HEARTBEAT_BLOCK = b": heartbeat\n\n"
 """The comment of streams without ids, for decoders that read blocks and look only at the first line of each."""
-_MOVED = b": moved\n"
+MOVED = b": moved\n"
 """What a stream says before it ends without a terminal event, because its turn goes on in another process: the client
 resumes it there."""
-_MOVED_BLOCK = b": moved\n\n"
+MOVED_BLOCK = b": moved\n\n"
 _WRITE_BYTES_MAX = 64 * 1024
 _BUSY_S = 0.02
 """A write that takes longer is followed by a pause. It takes less than a millisecond if the event loop is not busy."""
@@ -121,7 +121,7 @@ class EventStream(ResponseBody):
         encode: EncodeFrame,
         opening: bytes = _RETRY,
         heartbeat: bytes = _HEARTBEAT,
-        moved: bytes = _MOVED,
+        moved: bytes = MOVED,
         cut: bytes = b"",
         encoder: FaceEncoder | None = None,
         seen: int = 0,
@@ -322,7 +322,7 @@ def face_stream(
         encode=encoder.encode,
         opening=place.rest,
         heartbeat=_HEARTBEAT_BLOCK,
-        moved=_MOVED_BLOCK,
+        moved=MOVED_BLOCK,
         cut=cut,
         encoder=encoder,
         seen=place.seen,

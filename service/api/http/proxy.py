@@ -34,7 +34,15 @@ from service.api.http.app_state import current_service
 from service.api.http.callers import CALLER, caller_headers, current_owner
 from service.api.http.end_of_input import leave_at_end_of_input
 from service.api.http.event_frames import EncodeFrame
-from service.api.http.event_stream import EventStream, face_stream, is_event_stream, read_last_event_id, read_seen
+from service.api.http.event_stream import (
+    MOVED,
+    MOVED_BLOCK,
+    EventStream,
+    face_stream,
+    is_event_stream,
+    read_last_event_id,
+    read_seen,
+)
 from service.api.http.face_frames import Face, TurnSource, find_place, open_turn
 from service.api.http.held_bytes import hold_answer
 from service.api.http.locations import located
@@ -117,6 +125,10 @@ _SET_ANEW = (
     CALLER,
     REQUEST_ID,
 )
+TERMINAL_LINES = tuple(
+    b'data: {"type":"turn.%b"' % end for end in (b"completed", b"failed", b"cancelled", b"interrupted")
+)
+"""How the second line of a native frame begins that is the last one of its turn."""
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
 
@@ -494,11 +506,12 @@ class ProxiedStream(ResponseBody):
         else:
             self._seq = read_seen(request).seq if request.method == "GET" else read_last_event_id(request) or 0
         self._unsent = b""
-        self._has_ended = self._is_cut = False
+        self._has_ended = self._is_cut = self._is_whole = False
         self._rest: EventStream | None = None
         self._watch = Watch(None)
         self._client_returns = _client_returns() if is_from_peer() else bool
         self._scope = cast("dict[str, Any]", request.scope)
+        self._stream_slot: StreamSlot = self._scope[SLOT]
 
     async def __aenter__(self) -> "ProxiedStream":
         return self
@@ -520,6 +533,7 @@ class ProxiedStream(ResponseBody):
             return await anext(self._rest)
         frames = frames or self._cut()
         if not frames:
+            self._stream_slot.close(ended=self._is_whole)
             raise StopAsyncIteration
         return frames
 
@@ -531,7 +545,11 @@ class ProxiedStream(ResponseBody):
         return self._face.cut
 
     def close(self) -> None:
-        """Hold nothing any more for the rest of the stream: the request is over. Idempotent."""
+        """Hold nothing any more for the rest of the stream: the request is over. Idempotent.
+
+        A stream that has not come to its end counts as aborted.
+        """
+        self._stream_slot.close()
         if self._rest is not None:
             self._rest.close_long()
         self._watch.release(client_returns=self._client_returns())
@@ -557,10 +575,15 @@ class ProxiedStream(ResponseBody):
         if isinstance(self._face, FaceStream):
             self._frames_seen += (b"\n" + frames).count(b"\ndata: ")  # no frame has two of these lines
             self._has_ended = bool(self._face.end) and frames.endswith(self._face.end)
+            is_cut = bool(self._face.cut) and frames.endswith(self._face.cut)
+            self._is_whole = (self._has_ended and not is_cut) or frames.endswith(MOVED_BLOCK + self._face.cut)
             return
         _, found, last = (b"\n" + frames).rpartition(b"\nid: ")
         if found:
-            self._seq = int(last.partition(b"\n")[0])
+            seq, _, rest = last.partition(b"\n")
+            self._seq = int(seq)
+            self._has_ended = rest.startswith(TERMINAL_LINES)
+        self._is_whole = self._has_ended or frames.endswith(MOVED)
 
     async def _open_rest(self) -> EventStream | None:
         """Return the rest of a stream whose owner died: of the turn that was recovered, or goes on in this process.
@@ -596,7 +619,7 @@ class ProxiedStream(ResponseBody):
         None if none is left.
         """
         sessions = self._service.sessions
-        slot: StreamSlot = self._scope[SLOT]
+        slot = self._stream_slot
         if isinstance(self._face, FaceStream):
             turn, log, self._watch = await open_turn(sessions, session_id, turn_id)
             face = self._face.face_of(turn)

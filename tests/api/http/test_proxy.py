@@ -44,9 +44,11 @@ from service.hosting.peer_listener import client_returns
 from service.models.scripted import Script, ScriptedClient
 from service.sessions.events.events import Event
 from service.sessions.events.replay import Replay
+from service.steps import at_once
 from service.stop_state import Phase
 from service.storage.records import SEQ_AFTER_CRASH, EndResult, TurnRecord
 from service.storage.sqlite import SqliteStore, open_sqlite_store
+from service.telemetry.metrics.families import STREAMS
 from tests.api.counting_face import CountingFace
 from tests.api.inprocess import SSE, Api, Reply, leave, open_api
 from tests.cluster.certificates import peer_certificates
@@ -534,6 +536,34 @@ async def test_a_stream_that_had_its_end_gets_no_second_one(tmp_path: Path) -> N
         assert await client.receive() == frame(1 << 30).encode()
         await owner.die(stream)
         assert await client.receive() == b"", "the end of the body"
+
+
+async def test_a_stream_that_is_passed_on_counts_here_as_ended_or_aborted(tmp_path: Path) -> None:
+    terminal = 'id: 2\ndata: {"type":"turn.cancelled","seq":2,"reason":"requested"}\n\n'
+
+    async with open_owner(tmp_path) as (api, owner):
+
+        def counted() -> list[float]:
+            read = at_once(api.service.gauges.metrics.memory.read([STREAMS]))[STREAMS]
+            return [*read["native", "ended"], *read["native", "aborted"]]
+
+        for told, expected in ((terminal, [1, 0]), (": moved\n", [2, 0]), (frame(1), [2, 1])):
+            async with api.open("GET", EVENTS, headers=SSE) as client:
+                await client.send_complete()
+                stream, _ = await owner.take()
+                await stream.send_all(HEAD + chunk(told))
+                assert await client.receive() == told.encode()
+                await stream.send_all(b"0\r\n\r\n")
+                assert await client.receive() == b""
+            assert counted() == expected
+        async with api.open("GET", EVENTS, headers=SSE) as client:
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await stream.send_all(HEAD + chunk(frame(1)))
+            assert await client.receive() == frame(1).encode()
+            assert isinstance(client, connections.TestHTTPConnection)
+            await leave(client)
+        assert counted() == [2, 2]
 
 
 @both_ways
