@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def outcome_of(probe: ProbeResult) -> str:
     A client that has connected when the listeners close has ``FIRST_REQUEST_S`` for its request. A load client that was
     held up itself may have sent the request later.
     """
-    is_late = probe.sent_at is None or probe.sent_at - probe.at > FIRST_REQUEST_S
+    is_late = (probe.sent_at or probe.answered_at or inf) - probe.at > FIRST_REQUEST_S
     return "sent late" if probe.outcome in ("closed", "reset") and is_late else probe.outcome
 
 

@@ -533,7 +533,9 @@ class ProxiedStream(ResponseBody):
             return await anext(self._rest)
         frames = frames or self._cut()
         if not frames:
-            self._stream_slot.close(ended=self._is_whole)
+            # A stop of this process ends the stream as a hand-over does: the turn goes on where it runs.
+            is_handed_over = self._slot.was_cut and not self._slot.owner_hangs
+            self._stream_slot.close(ended=self._is_whole or is_handed_over)
             raise StopAsyncIteration
         return frames
 

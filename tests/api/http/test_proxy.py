@@ -541,7 +541,7 @@ async def test_a_stream_that_had_its_end_gets_no_second_one(tmp_path: Path) -> N
 async def test_a_stream_that_is_passed_on_counts_here_as_ended_or_aborted(tmp_path: Path) -> None:
     terminal = 'id: 2\ndata: {"type":"turn.cancelled","seq":2,"reason":"requested"}\n\n'
 
-    async with open_owner(tmp_path) as (api, owner):
+    async with open_owner(tmp_path, drain_timeout_s=0) as (api, owner):
 
         def counted() -> list[float]:
             read = at_once(api.service.gauges.metrics.memory.read([STREAMS]))[STREAMS]
@@ -564,6 +564,15 @@ async def test_a_stream_that_is_passed_on_counts_here_as_ended_or_aborted(tmp_pa
             assert isinstance(client, connections.TestHTTPConnection)
             await leave(client)
         assert counted() == [2, 2]
+        async with api.open("GET", EVENTS, headers=SSE) as client:
+            await client.send_complete()
+            stream, _ = await owner.take()
+            await stream.send_all(HEAD + chunk(frame(1)))
+            assert await client.receive() == frame(1).encode()
+            api.service.shutdown.notice("a test")  # the turn runs on, and its client finds it where it runs
+            assert await client.receive() == b""
+        assert counted() == [3, 2]
+        assert api.service.sessions.streams.aborted == 2
 
 
 @both_ways
