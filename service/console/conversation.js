@@ -41,6 +41,7 @@ export class Conversation {
   #followers = new Map(); // by turn id
   #resting = new Set(); // turns whose events were refused: they are not followed for a while
   #pending = null; // the view of a message that has no turn yet
+  #keyless = null; // what the pending view is of, if its key was refused: it is not sent until the next attempt, or another key
   #shown = SHOWN;
   #isReading = false;
   #isStale = false;
@@ -165,6 +166,7 @@ export class Conversation {
     this.#tree.clear();
     this.#log.replaceChildren();
     this.#pending = null;
+    this.#keyless = null;
     this.#path = [];
     this.#shown = SHOWN;
     this.#known = "";
@@ -391,7 +393,7 @@ export class Conversation {
   #submitted(event) {
     event.preventDefault();
     const text = this.#box.value;
-    if (!text.trim() || this.#isSending()) return;
+    if (!this.#mayBegin() || !text.trim()) return;
     const sent = { key: newName(), input: text, isQueued: this.#running.length > 0 && !this.#editing };
     if (this.#editing) sent.parent = this.#editing.turn.parent;
     if (this.#id === null) {
@@ -407,15 +409,18 @@ export class Conversation {
     else this.#acts.go(sent.sessionId); // opening it sends what is in the outbox
   }
 
-  /** Whether a message is on its way: the next one waits for its answer, so that the two keep their order. */
-  #isSending() {
-    const isSending = this.#pending !== null && !this.#pending.id;
-    if (isSending) this.#say("The message before this one is still on its way.", "wait");
-    return isSending;
+  /** Whether nothing is on its way: the next message waits for the answer, so that the two keep their order. One without a key is sent again. */
+  #mayBegin() {
+    if (this.#pending === null || this.#pending.id) return true;
+    if (this.#keyless) {
+      this.#drop(this.#pending);
+      this.#start(this.#keyless);
+    } else this.#say("The message before this one is still on its way.", "wait");
+    return false;
   }
 
   #retry(view) {
-    if (this.#isSending()) return;
+    if (!this.#mayBegin()) return;
     const { id, parent, input } = view.turn;
     const outputs = outputsOf(view.turn);
     this.#begin({ retry: id, parent, input: outputs.length > 0 ? outputs : input });
@@ -423,7 +428,7 @@ export class Conversation {
 
   /** Sends the outputs of a turn's calls: the next turn, or another version of it. */
   #answer(view, outputs) {
-    if (this.#isSending()) return;
+    if (!this.#mayBegin()) return;
     dropOutputs(view.id, outputs);
     this.#edit(null, { isSent: true });
     this.#begin({ parent: view.id, input: outputs });
@@ -439,6 +444,7 @@ export class Conversation {
   #start(sent) {
     const { signal } = this.#work;
     if (this.#pending) this.#settle();
+    this.#keyless = null;
     this.#say("");
     const view = (this.#pending = this.#newView(sent.input));
     if (sent.parent !== undefined) this.#hideAfter(sent.parent);
@@ -549,13 +555,15 @@ export class Conversation {
     return `The reply has ended: ${end?.type.slice(5) ?? "complete"}.`;
   }
 
-  /** The server did not take the message. Where it asks for a key it waits on: with another key the view is shown anew, and sends it. */
+  /** The server did not take the message. Without a valid key the message waits: another key shows the view anew, which sends it. */
   #refuse(view, sent, error) {
     const words = refused(error);
     this.#context.say(words);
     if (sent && error.status === 401) {
+      this.#keyless = sent;
       view.waiting(true);
       this.#say(words, "error");
+      this.#showRunning();
       return;
     }
     this.#drop(view);
@@ -583,9 +591,10 @@ export class Conversation {
   #showRunning() {
     const running = this.#running;
     this.#stop.hidden = running.length === 0;
-    this.#send.hidden = running.length > 0 && !this.#box.value.trim();
-    this.#send.querySelector("span").textContent = running.length && !this.#editing ? "Queue" : "Send";
-    this.#send.title = running.length ? "Sent when the reply that is written now has ended" : "Enter";
+    const waits = running.length > 0 && !this.#keyless;
+    this.#send.hidden = waits && !this.#box.value.trim();
+    this.#send.querySelector("span").textContent = waits && !this.#editing ? "Queue" : "Send";
+    this.#send.title = waits ? "Sent when the reply that is written now has ended" : "Enter";
   }
 
   /** Ends the reply that is written now. */
@@ -594,7 +603,7 @@ export class Conversation {
     if (!view) return;
     if (!view.id) {
       // Not accepted yet, as far as this page knows: it is sent on, and stopped when its id is known.
-      this.#say("The message is on its way. It can be stopped when the server has it.", "wait");
+      this.#say(this.#keyless ? "The message waits for a key. Send tries it again." : "The message is on its way. It can be stopped when the server has it.", "wait");
       return;
     }
     const { signal } = this.#work;

@@ -27,6 +27,7 @@ export const sending = (sent, made) => async (client, options) => {
 class Outbox {
   #sent = new Map([JSON.parse(sessionStorage.getItem(NAME) ?? "[]")].flat().map((it) => [it.key, it]));
   #couriers = new Map(); // by key: the followers of what is sent while its conversation is not open
+  #asked = null; // what `deliver` was called with last
 
   put(sent) {
     this.#sent.set(sent.key, sent);
@@ -51,8 +52,13 @@ class Outbox {
     return sent;
   }
 
-  /** Sends what waits in all conversations but the open one. It goes on when the view is left. `made(session)`: as of `sending`. */
+  /**
+   * Sends what waits in all conversations but the open one. It goes on when the view is left, and what was refused for want of a
+   * key is sent again when one is entered, whichever view is shown. `made(session)`: as of `sending`.
+   */
   deliver(service, openId, made) {
+    if (this.#asked === null) service.addEventListener("key", () => service.wantsKey || this.deliver(...this.#asked));
+    this.#asked = [service, openId, made];
     for (const sent of this.#sent.values()) {
       if (sent.refusal || sent.sessionId === openId || this.#couriers.has(sent.key)) continue;
       this.#deliver(service, sent, made);

@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 
 from tests.console.chat_page import LAST, ChatPage
-from tests.console.conftest import Tabs, own_server
+from tests.console.conftest import Server, Tabs, own_server
 from tests.docs.browser import CAP_S
 
 KEY = "a-key-of-sixteen-or-more"
@@ -149,6 +149,15 @@ async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
         assert len(await third.turns()) == 1
 
 
+async def send_with_a_revoked_key(chat: ChatPage, text: str) -> None:
+    """Send this, and return once another key is asked for. The key changes at this moment: a poll would ask, too."""
+    await chat.page.type_in(".box", text)
+    revoke = "sessionStorage.setItem('lastcall.key', 'a-key-that-was-revoked')"
+    await chat.page.get(f"{revoke}, document.querySelector('.composer').requestSubmit(), null")
+    await chat.has("This server asks for a key", "dialog")
+    await chat.has("The server asks for a key.", ".status")
+
+
 async def test_messages_that_wait_for_the_server_or_a_key_are_all_sent_once(tabs: Tabs, tmp_path: Path) -> None:
     tabs.expected += ["ERR_", "status of 401", "status of 503", "Failed to fetch dynamically imported module"]
     settings = {"api_keys": f"{KEY},{OTHER_KEY}", "drain_timeout_s": "0"}
@@ -196,10 +205,7 @@ async def test_messages_that_wait_for_the_server_or_a_key_are_all_sent_once(tabs
         await chat.page.get(f"location.hash = '#/chat/{one}'")
         await chat.is_in("completed")
         assert await chat.page.get("document.querySelector('.box').value") == "A draft"
-        await chat.page.get("sessionStorage.setItem('lastcall.key', 'a-key-that-was-revoked'), null")
-        await chat.send("Please keep me")
-        await chat.has("This server asks for a key", "dialog")
-        await chat.has("The server asks for a key.", ".status")
+        await send_with_a_revoked_key(chat, "Please keep me")
         await chat.page.get("document.querySelector('.box').value = 'Another draft', null")
         await chat.page.type_in("dialog input", OTHER_KEY)
         await chat.page.press("Enter")
@@ -208,3 +214,65 @@ async def test_messages_that_wait_for_the_server_or_a_key_are_all_sent_once(tabs
         assert await chat.page.get("document.querySelector('.box').value") == "Another draft"
         turns = (await server.call("GET", f"/sessions/{one}/turns"))["data"]
         assert [it["input"] for it in turns] == ["For one", "Please keep me"]
+
+
+async def new_conversation(tabs: Tabs, server: Server) -> tuple[str, ChatPage]:
+    """An empty conversation, by its id and in a tab that has the key."""
+    session = await server.new_session(title="One")
+    chat = ChatPage(await tabs.open(f"#/chat/{session}", url=server.url))
+    await chat.page.type_in("dialog input", KEY)
+    await chat.page.press("Enter")
+    await chat.has("One", ".talk-title")
+    return session, chat
+
+
+async def is_refused(chat: ChatPage, text: str) -> None:
+    """Send a message with a key that was revoked, and close the question for another one."""
+    await send_with_a_revoked_key(chat, text)
+    await chat.page.press("Escape")
+    await chat.page.wait_for("!document.querySelector('dialog')")
+
+
+async def test_a_message_whose_key_was_refused_is_sent_by_the_next_attempt(tabs: Tabs, tmp_path: Path) -> None:
+    """It goes before what is written meanwhile, and is sent once."""
+    tabs.expected += ["status of 401"]
+    async with own_server(tmp_path, {"api_keys": KEY}, key=KEY) as (server, _):
+        session, chat = await new_conversation(tabs, server)
+
+        await is_refused(chat, "First")
+        await chat.send("Second")
+        await chat.has("This server asks for a key", "dialog")
+        await chat.page.type_in("dialog input", KEY)
+        await chat.page.press("Enter")
+        await chat.page.wait_for(f"{LAST}?.querySelector('.asked').textContent === 'First'")
+        await chat.is_in("completed")
+        assert await chat.page.get("document.querySelector('.box').value") == "Second"
+        await chat.press("Send")
+        await chat.page.wait_for(f"{LAST}.querySelector('.asked').textContent === 'Second'")
+        await chat.is_in("completed")
+
+        # The server takes the key again: no question is needed.
+        await is_refused(chat, "Third")
+        await chat.press("Stop")
+        await chat.has("The message waits for a key. Send tries it again.", ".status")
+        await chat.page.get(f"sessionStorage.setItem('lastcall.key', {json.dumps(KEY)}), null")
+        await chat.press("Send")
+        await chat.is_in("completed")
+        assert await chat.page.get("document.querySelector('dialog')") is None
+        turns = (await server.call("GET", f"/sessions/{session}/turns"))["data"]
+        assert [it["input"] for it in turns] == ["First", "Second", "Third"]
+
+
+async def test_a_message_left_behind_is_sent_with_the_key_that_is_entered_elsewhere(tabs: Tabs, tmp_path: Path) -> None:
+    tabs.expected += ["status of 401", "status of 403"]  # the key may not administer
+    async with own_server(tmp_path, {"api_keys": KEY}, key=KEY) as (server, _):
+        session, chat = await new_conversation(tabs, server)
+        await is_refused(chat, "Left behind")
+        await chat.page.get("location.hash = '#/tree'")
+        await chat.has("This server asks for a key", "dialog")  # the message is sent on, and refused again
+        await chat.page.type_in("dialog input", KEY)
+        await chat.page.press("Enter")
+        await chat.page.wait_for("sessionStorage.getItem('lastcall.outbox') === '[]'")
+        assert await chat.page.get("location.hash") == "#/tree"
+        turns = (await server.call("GET", f"/sessions/{session}/turns"))["data"]
+        assert [it["input"] for it in turns] == ["Left behind"]
