@@ -130,13 +130,23 @@ export function mount(root, context) {
         if (worker !== null && error.status === 404) worker = null;
         else {
           showTrouble(error);
-          if (!mayPass(error)) return; // another key shows the view anew
+          if (!mayPass(error)) {
+            await serverIsBack(); // another key shows the view anew
+            continue;
+          }
         }
       }
       if (isPaused) await resumed();
       else await pause(AGAIN_MS, signal);
     }
   }
+
+  /** Asks first whether the server is there: a proxy without a server behind it may have refused in its place. */
+  const serverIsBack = () => new Promise((done) => {
+    signal.addEventListener("abort", done, { once: true });
+    service.addEventListener("back", done, { once: true, signal });
+    service.probe();
+  });
 
   const resumed = () => new Promise((done) => {
     signal.addEventListener("abort", done, { once: true });

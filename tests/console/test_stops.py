@@ -20,7 +20,7 @@ NOTE_NOTICES = """(() => { // some are shown for seconds only
 
 
 async def is_asked_for_a_key_once(tabs: Tabs, url: str) -> None:
-    """A question that was closed does not come back by itself, and the view Tree does not ask the server again."""
+    """A question that was closed does not come back by itself. The view Tree asks again once the server is back."""
     page = await tabs.open("#/chat", url=url)
     await page.wait_for("document.querySelector('dialog[open]')")
     await page.press("Escape")
@@ -28,7 +28,11 @@ async def is_asked_for_a_key_once(tabs: Tabs, url: str) -> None:
     await page.get("""(() => {
       const [fetched, timed] = [fetch, setTimeout];
       window.asked = [];
-      window.fetch = (url, options) => (asked.push(new URL(url, location).pathname), fetched(url, options));
+      window.fetch = (url, options) => {
+        asked.push(new URL(url, location).pathname);
+        if (window.isAway) return Promise.resolve(new Response("", { status: 404 })); // as of a proxy
+        return fetched(url, options);
+      };
       window.setTimeout = (act, ms) => timed(act, ms === 1000 ? 0 : ms); // the pause of Tree between two attempts
     })()""")
     await page.get("location.hash = '#/tree'")
@@ -36,6 +40,13 @@ async def is_asked_for_a_key_once(tabs: Tabs, url: str) -> None:
     for _ in range(5):
         await page.get("fetch('readyz').then(() => null)")
     assert await page.get("asked.filter((it) => it.startsWith('/admin'))") == ["/admin/tree/events"]
+    await page.get("window.isAway = true, dispatchEvent(new Event('online')), null")
+    await page.wait_for("document.querySelector('#link-state').dataset.state === 'unreachable'")
+    await page.get("window.isAway = false, null")
+    await page.wait_for("asked.filter((it) => it.startsWith('/admin')).length === 2")
+    for _ in range(5):
+        await page.get("fetch('readyz').then(() => null)")
+    assert await page.get("asked.filter((it) => it.startsWith('/admin')).length") == 2
     assert await page.get("document.querySelector('dialog')") is None
     await page.get("location.hash = '#/chat'")
     await page.wait_for("document.querySelector('.box')")
