@@ -419,15 +419,17 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
         victim = min(set(owners.values()), key=list(owners.values()).count)
         lost = [session for session in turns if owners[session] == victim]
         streams = {(session, n): Stream() for session in turns for n in range(STREAMS)}
-        through_the_other = {(session, STREAMS): Stream() for session in lost}
+        through_the_other = {session: Stream() for session in turns}
+        passed_on = [through_the_other[session] for session in lost]
         async with trio.open_nursery() as nursery:
             async with reaching_others(server, tmp_path, *lost, requests=1):
-                for (session, _), stream in through_the_other.items():
+                for session, stream in through_the_other.items():
                     nursery.start_soon(until_cut, stream, client, "GET", f"{turns[session]}/events")
+                await all_begun([through_the_other[session] for session in turns if session not in lost])
             for (session, _), stream in streams.items():
                 # A client of the victim itself just loses its connection.
                 nursery.start_soon(until_cut, stream, client, "GET", f"{turns[session]}/events")
-            streams |= through_the_other
+            streams |= {(session, STREAMS): stream for session, stream in through_the_other.items()}
             await all_begun(list(streams.values()))
             await trio.sleep(1.2)  # some of the events that the clients have seen are in a checkpoint, some are not
             os.kill(victim, signal.SIGKILL)
@@ -443,11 +445,11 @@ async def test_the_death_of_a_worker_ends_its_own_turns_and_no_others(tmp_path: 
             for session in lost:
                 assert await start(client, session)
             ended = [stream for (session, _), stream in streams.items() if session in lost and stream.events]
-            await wait_until(partial(all_ended, list(through_the_other.values())))
+            await wait_until(partial(all_ended, passed_on))
             for session in turns:
                 assert (await client.delete(session)).status_code == 204
         told = [stream for stream in ended if stream.end[0] == "turn.interrupted"]
-        assert {id(stream) for stream in through_the_other.values()} <= {id(stream) for stream in told}
+        assert {id(stream) for stream in passed_on} <= {id(stream) for stream in told}
         for stream in told:
             assert stream.end == ("turn.interrupted", "crash")
             assert stream.seqs[:-1] == list(range(1, len(stream.seqs)))
