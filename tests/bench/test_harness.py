@@ -143,7 +143,7 @@ async def probing(port: int, path: str) -> AsyncIterator[LoadResult]:
     load = Load(Plan(port=port, groups=(Prober(request=Request(method="GET", path=path)),)))
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(load.run, on_ready=lambda: None, stop=stop))
+        nursery.start_soon(partial(load.run, on_ready=lambda: None, stop=stop))  # noqa: ASYNC113  its probes are waited for
         yield load.result
         stop.set()
 
