@@ -98,7 +98,8 @@ class _Relay:
         await self._client.list_sessions(limit=1)  # where no server is, or no permission, the user is told at once
         self._client.bounds = Bounds(pause_max_s=3)
         session_id, model = self._arguments.session, self._arguments.model
-        self._stream = await _sent(self._client, message, session_id=session_id, model=model, on_wait=self._wait)
+        on_wait = _waiting(self._view, lambda: self._is_stopping)
+        self._stream = await _sent(self._client, message, session_id=session_id, model=model, on_wait=on_wait)
         failed: LastcallError | None = None
         try:
             await _show_all(self._stream, self._view)
@@ -124,11 +125,6 @@ class _Relay:
                 await self._view.cut_off()
             with suppress(LastcallError):
                 await _cancel(stream)
-
-    def _wait(self, waiting: Waiting) -> None:
-        if self._is_stopping:
-            raise waiting.error
-        self._view.wait(waiting)
 
 
 async def _read_message() -> str | None:
@@ -164,6 +160,17 @@ async def _sent(
             if error.code != "session_exists":
                 raise
     return client.stream(session_id, message, model=model, on_interrupt="continue", on_wait=on_wait)
+
+
+def _waiting(view: ReplyView, is_stopping: Callable[[], bool]) -> OnWait:
+    """What a stream does before a pause: it says so, and once the user stops, it gives up instead of the pause."""
+
+    def wait(waiting: Waiting) -> None:
+        if is_stopping():
+            raise waiting.error
+        view.wait(waiting)
+
+    return wait
 
 
 async def _show_all(stream: TurnStream, view: ReplyView) -> None:
@@ -244,17 +251,9 @@ class _Conversation:
                 return
             self._prompt.editor.remember(asked)
             view = TerminalView(self._output)
-            if not await self._shown(
-                partial(
-                    _sent,
-                    self._client,
-                    asked,
-                    session_id=self.session_id,
-                    model=self._model,
-                    on_wait=partial(self._wait, view),
-                ),
-                view,
-            ):
+            on_wait = _waiting(view, lambda: self._is_stopping)
+            send = partial(_sent, self._client, asked, session_id=self.session_id, model=self._model, on_wait=on_wait)
+            if not await self._shown(send, view):
                 return
 
     async def _greet(self, session: Session | None) -> None:
@@ -313,11 +312,6 @@ class _Conversation:
                 await _cancel(self._stream)
             return "stopped before the server had answered"
         return "given up before the server has answered; if it has taken the message, the turn runs"
-
-    def _wait(self, view: TerminalView, waiting: Waiting) -> None:
-        if self._is_stopping:
-            raise waiting.error
-        view.wait(waiting)
 
     async def _say(self, line: str) -> None:
         await self._output.write("\r\x1b[K" + self._output.styled(harmless_line(line), "red") + "\n")

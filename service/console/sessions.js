@@ -126,7 +126,7 @@ export class SessionList {
       this.#isBehind = !isAtTop && page.data.some((it) => !this.#rows.has(it.id));
       for (const session of page.data.toReversed()) if (isAtTop || this.#rows.has(session.id)) this.#show(session, { isNew: true });
       this.#showStatus();
-      if (this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
+      this.#fill();
     } catch (error) {
       this.#trouble(error);
     }
@@ -180,12 +180,17 @@ export class SessionList {
       if (first && !q) this.#newest = page.data[0];
       for (const session of page.data) this.#show(session, { isNew: false });
       this.#showStatus();
-      if (this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
+      this.#fill();
     } catch (error) {
       this.#trouble(error);
     } finally {
       if (!signal.aborted) this.#isLoading = false;
     }
+  }
+
+  /** Reads the next page, too, if the end of the list is seen after this one. */
+  #fill() {
+    if (this.#next !== null && this.#isNear()) setTimeout(() => this.#more());
   }
 
   #scrolled() {

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import h11
 import structlog
@@ -69,6 +69,7 @@ from service.freezes import move_on_after
 from service.ids import public_id, scoped
 from service.sessions.events.streams import StreamSlot
 from service.sessions.turns.turn import Watch
+from service.storage.records import EndState
 from service.supervisor import Service
 
 logger = structlog.get_logger("lastcall.proxy")
@@ -125,9 +126,7 @@ _SET_ANEW = (
     CALLER,
     REQUEST_ID,
 )
-TERMINAL_LINES = tuple(
-    b'data: {"type":"turn.%b"' % end for end in (b"completed", b"failed", b"cancelled", b"interrupted")
-)
+_TERMINAL_LINES = tuple(b'data: {"type":"turn.%b"' % end.encode() for end in get_args(EndState))
 """How the second line of a native frame begins that is the last one of its turn."""
 _TURN_PATH = re.compile(r"/sessions/([^/]+)/turns/(turn_[0-9a-f]{32})(?:/events)?$")
 
@@ -584,7 +583,7 @@ class ProxiedStream(ResponseBody):
         if found:
             seq, _, rest = last.partition(b"\n")
             self._seq = int(seq)
-            self._has_ended = rest.startswith(TERMINAL_LINES)
+            self._has_ended = rest.startswith(_TERMINAL_LINES)
         self._is_whole = self._has_ended or frames.endswith(MOVED)
 
     async def _open_rest(self) -> EventStream | None:

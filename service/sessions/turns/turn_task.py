@@ -373,18 +373,20 @@ async def _ask(turn: Turn, asked: _Asked, *, settings: Settings) -> ModelError |
 
 def _find_deadline(turn: Turn) -> str | None:
     """The code of the deadline that has ended a turn's work; None if something else has."""
-    end = turn.end
-    if end is None and turn.deadlines.have_stopped():
-        end = turn.deadlines.end()
+    end = _end_so_far(turn)
     return outcome.code_of(end) if isinstance(end, outcome.Failed) else None
 
 
+def _end_so_far(turn: Turn) -> outcome.Outcome | outcome.Suspended | None:
+    """The end of a turn's work: the decided one, or that of the deadline which has stopped the work just now."""
+    if turn.end is None and turn.deadlines.have_stopped():
+        return turn.deadlines.end()
+    return turn.end
+
+
 def _end_call(turn: Turn, call: CallTrace, stream: ModelStream | None, failure: ModelError | None) -> None:
-    end = turn.end
-    if end is None and failure is None and turn.deadlines.have_stopped():
-        end = turn.deadlines.end()
     call.end(
-        end,
+        _end_so_far(turn) if failure is None else turn.end,
         error=None if failure is None else failure.code,
         first_at=turn.first_token_at,
         usage=stream.usage if stream is not None else None if failure is None else failure.usage,
