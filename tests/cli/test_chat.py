@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -294,47 +294,84 @@ async def test_ctrl_c_cancels_the_turn_and_another_one_leaves(server: Served, tm
     assert "2004" not in terminal.screen.modes
 
 
+Acts = Callable[[trio.SocketStream, bytes], Awaitable[None]]
+"""Answers a request, of which this is what the client has sent up to the end of the head at least."""
+_OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
+_JSON, _EVENTS, _HTML = _OK + b"application/json\r\n", _OK + b"text/event-stream\r\n", _OK + b"text/html\r\n"
+_AWAY = b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<h1>502</h1>"
+"""What a proxy says in its server's place."""
+
+
+@contextlib.asynccontextmanager
+async def open_fake(acts: Acts) -> AsyncIterator[str]:
+    """A server that is none of ours, and its URL. It closes each connection after its answer."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async with stream:
+            received = b""
+            while b"\r\n\r\n" not in received:
+                if not (data := await stream.receive_some(65536)):
+                    return
+                received += data
+            await acts(stream, received)
+
+    async with trio.open_nursery() as nursery:
+        [listener] = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        yield f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+def says(answer: bytes) -> Acts:
+    """Answer each request with this."""
+
+    async def act(stream: trio.SocketStream, _: bytes) -> None:
+        await stream.send_all(answer)
+
+    return act
+
+
+def of_no_sessions(acts: Acts) -> Acts:
+    """Answer the list of sessions, which is empty, and leave all other requests to these acts."""
+
+    async def act(stream: trio.SocketStream, received: bytes) -> None:
+        if received.startswith(b"GET /sessions"):
+            await stream.send_all(_JSON + b'\r\n{"data": [], "next": null}')
+        else:
+            await acts(stream, received)
+
+    return act
+
+
 class _HangingServer:
     """A server that takes a message and begins to answer, and does not answer the call that cancels the turn."""
 
     def __init__(self) -> None:
         self.asked_to_cancel = trio.Event()
 
-    async def serve(self, stream: trio.SocketStream) -> None:
-        received = b""
-        async with stream:
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some(65536)
-            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
-            if received.startswith(b"GET /sessions"):
-                await stream.send_all(head + b'application/json\r\n\r\n{"data": [], "next": null}')
-            elif received.startswith(b"POST /chat"):
-                begun = {"type": "turn.started", "seq": 1, "session_id": "s", "turn_id": f"turn_{7:032d}", "model": "m"}
-                events = (
-                    f"data: {json.dumps(it)}\n\n" for it in (begun, {"type": "turn.delta", "seq": 2, "text": "So"})
-                )
-                await stream.send_all(head + b"text/event-stream\r\n\r\n" + "".join(events).encode())
-                await trio.sleep_forever()
-            else:
-                self.asked_to_cancel.set()
-                await trio.sleep_forever()
+    async def act(self, stream: trio.SocketStream, received: bytes) -> None:
+        if received.startswith(b"POST /chat"):
+            begun = {"type": "turn.started", "seq": 1, "session_id": "s", "turn_id": f"turn_{7:032d}", "model": "m"}
+            events = (f"data: {json.dumps(it)}\n\n" for it in (begun, {"type": "turn.delta", "seq": 2, "text": "So"}))
+            await stream.send_all(_EVENTS + b"\r\n" + "".join(events).encode())
+        else:
+            self.asked_to_cancel.set()
+        await trio.sleep_forever()
 
 
 async def test_a_second_ctrl_c_leaves_although_the_turn_has_not_ended(tmp_path: Path) -> None:
     hanging = _HangingServer()
-    async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(partial(trio.serve_tcp, hanging.serve, 0, host="127.0.0.1"))
-        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
-        async with open_terminal("chat", "--url", url, folder=tmp_path) as terminal:
-            await terminal.shows(is_asking)
-            await terminal.type("Hi\r")
-            await terminal.shows("\nSo")
-            await terminal.type("\x03")
-            with trio.fail_after(CAP_S):
-                await hanging.asked_to_cancel.wait()
-            await terminal.type("\x03")
-            assert await terminal.ends() == 130
-        nursery.cancel_scope.cancel()
+    async with (
+        open_fake(of_no_sessions(hanging.act)) as url,
+        open_terminal("chat", "--url", url, folder=tmp_path) as terminal,
+    ):
+        await terminal.shows(is_asking)
+        await terminal.type("Hi\r")
+        await terminal.shows("\nSo")
+        await terminal.type("\x03")
+        with trio.fail_after(CAP_S):
+            await hanging.asked_to_cancel.wait()
+        await terminal.type("\x03")
+        assert await terminal.ends() == 130
 
 
 class _LateServer:
@@ -345,34 +382,23 @@ class _LateServer:
         self.keys: list[bytes] = []
         self.cancelled: list[bytes] = []
 
-    async def serve(self, stream: trio.SocketStream) -> None:
-        received = b""
-        async with stream:
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some(65536)
-            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
-            if received.startswith(b"GET /sessions"):
-                await stream.send_all(head + b'application/json\r\n\r\n{"data": [], "next": null}')
-            elif received.startswith(b"POST /chat"):
-                self.keys += re.findall(rb"(?i)\nidempotency-key: (.*)\r", received)
-                if len(self.keys) == 1:
-                    self.taken.set()
-                    await trio.sleep_forever()
-                location = f"Location: /sessions/s/turns/turn_{7:032d}\r\n\r\n"
-                await stream.send_all(head + b"text/event-stream\r\n" + location.encode())
-                await stream.send_all(b'data: {"type": "turn.started", "seq": 1}\n\n')
-                await trio.sleep_forever()
+    async def act(self, stream: trio.SocketStream, received: bytes) -> None:
+        if received.startswith(b"POST /chat"):
+            self.keys += re.findall(rb"(?i)\nidempotency-key: (.*)\r", received)
+            if len(self.keys) == 1:
+                self.taken.set()
             else:
-                self.cancelled.append(received.split()[1])
-                await stream.send_all(head + b'application/json\r\n\r\n{"state": "cancelled"}')
+                location = f"Location: /sessions/s/turns/turn_{7:032d}\r\n\r\n"
+                await stream.send_all(_EVENTS + location.encode() + b'data: {"type": "turn.started", "seq": 1}\n\n')
+            await trio.sleep_forever()
+        self.cancelled.append(received.split()[1])
+        await stream.send_all(_JSON + b'\r\n{"state": "cancelled"}')
 
 
 @pytest.mark.parametrize("is_conversation", [False, True], ids=["one message", "a conversation"])
 async def test_a_turn_that_no_answer_has_named_is_cancelled_too(tmp_path: Path, is_conversation: bool) -> None:
     late = _LateServer()
-    async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(partial(trio.serve_tcp, late.serve, 0, host="127.0.0.1"))
-        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+    async with open_fake(of_no_sessions(late.act)) as url:
         if is_conversation:
             async with open_terminal("chat", "--url", url, folder=tmp_path) as terminal:
                 await terminal.shows(is_asking)
@@ -389,7 +415,6 @@ async def test_a_turn_that_no_answer_has_named_is_cancelled_too(tmp_path: Path, 
                 await late.taken.wait()
                 piped.send_signal(signal.SIGINT)
                 assert await piped.wait() == 130
-        nursery.cancel_scope.cancel()
     assert late.cancelled == [b"/sessions/s/turns/turn_%032d/cancel" % 7]
     assert len(late.keys) == 2
     assert len(set(late.keys)) == 1
@@ -397,14 +422,13 @@ async def test_a_turn_that_no_answer_has_named_is_cancelled_too(tmp_path: Path, 
 
 async def test_a_message_that_no_server_takes_is_given_up_at_once(tmp_path: Path) -> None:
     late = _LateServer()
-    async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(partial(trio.serve_tcp, late.serve, 0, host="127.0.0.1"))
-        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
-        async with open_terminal("chat", "--url", url, folder=tmp_path) as terminal:
+    async with contextlib.AsyncExitStack() as server:
+        url = await server.enter_async_context(open_fake(of_no_sessions(late.act)))
+        async with open_terminal("chat", "--url", url, folder=tmp_path, columns=120) as terminal:
             await terminal.shows(is_asking)
             await terminal.type("Hi\r")
             await late.taken.wait()
-            nursery.cancel_scope.cancel()
+            await server.aclose()
             await terminal.shows("connection lost: ")
             await terminal.type("\x03")
             await terminal.shows("given up before the server has answered; if it has taken the message, the turn runs")
@@ -427,41 +451,22 @@ async def test_a_terminal_that_is_closed_leaves_the_turn_running(server: Served,
 
 
 async def test_a_proxy_without_its_server_is_told(tmp_path: Path) -> None:
-    async def say_that_it_is_away(stream: trio.SocketStream) -> None:
-        async with stream:
-            received = b""
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some(65536)
-            await stream.send_all(b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<h1>502</h1>")
-
-    async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(partial(trio.serve_tcp, say_that_it_is_away, 0, host="127.0.0.1"))
-        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
-        async with program("-m", "service", "sessions", "--url", url, folder=tmp_path) as (piped, output):
-            await output.until(f"lastcall: no server answers at {url}: the proxy before it says 502\n")
-            assert await piped.wait() == 69
-        nursery.cancel_scope.cancel()
+    async with (
+        open_fake(says(_AWAY)) as url,
+        program("-m", "service", "sessions", "--url", url, folder=tmp_path) as (piped, output),
+    ):
+        await output.until(f"lastcall: no server answers at {url}: the proxy before it says 502\n")
+        assert await piped.wait() == 69
 
 
 async def test_what_answers_and_is_no_lastcall_server_is_told(tmp_path: Path) -> None:
-    async def say_that_it_works(stream: trio.SocketStream) -> None:
-        async with stream:
-            received = b""
-            while b"\r\n\r\n" not in received:
-                received += await stream.receive_some(65536)
-            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/html\r\n\r\n"
-            await stream.send_all(head + b"<h1>It works!</h1>")
-
-    async with trio.open_nursery() as nursery:
-        [listener] = await nursery.start(partial(trio.serve_tcp, say_that_it_works, 0, host="127.0.0.1"))
-        url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+    async with open_fake(says(_HTML + b"\r\n<h1>It works!</h1>")) as url:
         async with program("-m", "service", "sessions", "--url", url, folder=tmp_path) as (piped, output):
             await output.until(f"lastcall: what answers at {url} does not speak as Lastcall does: [^\n]*no JSON.\n")
             assert await piped.wait() == 76
         async with open_terminal("tree", "--url", url, folder=tmp_path, columns=200) as terminal:
             assert await terminal.ends() == 76
         assert terminal.screen.text().endswith("answers no event stream.")
-        nursery.cancel_scope.cancel()
 
 
 async def test_two_terminals_follow_one_turn_and_another_session_is_another_conversation(
@@ -737,10 +742,9 @@ class _DrainedServer:
                 if self.cut == 2:
                     self.has_cut_two.set()
                 if self._has_proxy:
-                    await stream.send_all(b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n<h1>502</h1>")
+                    await stream.send_all(_AWAY)
                 return
-            head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n\r\n"
-            await stream.send_all(head + json.dumps(answer).encode())
+            await stream.send_all(_JSON + b"\r\n" + json.dumps(answer).encode())
 
 
 @pytest.mark.parametrize("gone", ["refused", "tunnel", "proxy"])
