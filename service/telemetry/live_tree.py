@@ -207,11 +207,11 @@ class LiveTree:
     # The walk
 
     def _walk(self, snapshot: Snapshot) -> Steps[None]:
+        if self._root is None:
+            self._root = self._new(trio.lowlevel.current_root_task(), None, "process", f"process {os.getpid()}")
         notes = Notes(self._epoch)
         for source in self._sources:
             yield from source(notes)
-        if self._root is None:
-            self._root = self._new(trio.lowlevel.current_root_task(), None, "process", f"process {os.getpid()}")
         walked: set[object] = set()
         living: dict[str, Callable[[], str]] = {}
         stack: list[_Item | Iterator[_Item]] = [self._root]
