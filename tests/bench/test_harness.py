@@ -307,9 +307,9 @@ async def test_a_client_that_is_ready_at_the_end_has_read_all_its_streams(tmp_pa
 
 
 async def test_output_through_a_pipe_can_be_filled_and_closed(tmp_path: Path) -> None:
-    script = (
+    script = (  # which says in one write that it listens: a second one may meet the closed pipe
         "import sys, time, signal\n"
-        "print('Running on http://127.0.0.1:1', flush=True)\n"
+        "print('Running on http://127.0.0.1:1\\n', end='', flush=True)\n"
         "signal.sigwait({signal.SIGUSR1})\n"
         "try: print('x' * 10, flush=True)\n"
         "except BrokenPipeError: sys.stdout = None; time.sleep(0.1); import os; os._exit(7)\n"
