@@ -170,6 +170,11 @@ class Tabs:
         await page.wait_for("document.querySelector('.view')?.children.length")
         return page
 
+    async def leave(self) -> None:
+        """Have all tabs leave the console before the end of a server which it would go on to ask."""
+        for page in self.pages:
+            await page.open("about:blank")
+
 
 @asynccontextmanager
 async def open_tabs(kept: KeptBrowser, server: Server) -> AsyncIterator[Tabs]:

@@ -307,4 +307,5 @@ async def test_a_drain_passes_on_the_page_and_the_next_process_shows_its_report(
         assert "cannot see whether it still runs" in others[1]
         assert "Later: stopped" in others[2]
         assert await violations(page) == []
+        await tabs.leave()
     page.complaints.clear()  # a browser complains about each answer of a server that is away

@@ -63,14 +63,7 @@ async def is_asked_for_a_key_once(tabs: Tabs, url: str) -> None:
 async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
     tabs: Tabs, tmp_path: Path, port: int
 ) -> None:
-    tabs.expected += [
-        "ERR_CONNECTION",
-        "status of 401",
-        "status of 410",
-        "status of 503",
-        "ERR_INCOMPLETE",
-        "ERR_EMPTY",
-    ]
+    tabs.expected += ["ERR_", "status of 401", "status of 410", "status of 503"]
     settings = {"api_keys": KEY, "drain_timeout_s": "0", "live_turns_max": "2", "checkpoint_interval_s": "0.1"}
     async with own_server(tmp_path, settings, port=port, key=KEY) as (server, process):
         url = server.url
@@ -272,6 +265,7 @@ async def test_a_message_whose_key_was_refused_is_sent_by_the_next_attempt(tabs:
         assert await chat.page.get("document.querySelector('dialog')") is None
         turns = (await server.call("GET", f"/sessions/{session}/turns"))["data"]
         assert [it["input"] for it in turns] == ["First", "Second", "Third"]
+        await tabs.leave()
 
 
 async def test_a_message_left_behind_is_sent_with_the_key_that_is_entered_elsewhere(tabs: Tabs, tmp_path: Path) -> None:
@@ -287,3 +281,4 @@ async def test_a_message_left_behind_is_sent_with_the_key_that_is_entered_elsewh
         assert await chat.page.get("location.hash") == "#/tree"
         turns = (await server.call("GET", f"/sessions/{session}/turns"))["data"]
         assert [it["input"] for it in turns] == ["Left behind"]
+        await tabs.leave()
