@@ -216,7 +216,7 @@ async def on_a_hanging_disk(*args: Any, **options: Any) -> AsyncIterator[Service
         while not await trigger.exists():  # noqa: ASYNC110
             await trio.sleep(0.02)
         disk.running.clear()
-        await trio.to_thread.run_sync(disk.hanging.wait)
+        await trio.to_thread.run_sync(disk.hanging.wait, abandon_on_cancel=True)
         os.write(2, b"the disk hangs\n")
 
     disk = FaultyDisk()

@@ -87,11 +87,12 @@ async def test_a_disk_that_hangs_costs_the_bounds_of_the_phases_and_is_a_fault(
     assert stream.events[-1]["stored"] is False
     assert gone.exit_code == 75
     assert machine.free_s(signalled, gone.at) < TOTAL_S
+    closing = "closing the store took longer than release_timeout_s"
     for report in reports(server):
-        turns = report["turns_interrupted"]
-        closing, *others = report["faults"]
-        assert closing == "closing the store took longer than release_timeout_s"
-        assert others == ([f"the end of {turns} turns is not in the store"] if turns else [])
+        if turns := report["turns_interrupted"]:
+            assert report["faults"] == [closing, f"the end of {turns} turns is not in the store"]
+        else:  # a worker to which no client has come may have nothing that its disk is to keep
+            assert report["faults"] in ([], [closing])
 
 
 @pytest.mark.parametrize("host", [SERVE, CONFIGURED_2], ids=str)
