@@ -63,7 +63,14 @@ async def is_asked_for_a_key_once(tabs: Tabs, url: str) -> None:
 async def test_a_stop_and_a_crash_in_mid_stream_lose_nothing_and_double_nothing(
     tabs: Tabs, tmp_path: Path, port: int
 ) -> None:
-    tabs.expected += ["ERR_", "status of 401", "status of 410", "status of 503"]
+    tabs.expected += [
+        "ERR_CONNECTION",
+        "status of 401",
+        "status of 410",
+        "status of 503",
+        "ERR_INCOMPLETE",
+        "ERR_EMPTY",
+    ]
     settings = {"api_keys": KEY, "drain_timeout_s": "0", "live_turns_max": "2", "checkpoint_interval_s": "0.1"}
     async with own_server(tmp_path, settings, port=port, key=KEY) as (server, process):
         url = server.url
