@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -696,24 +697,32 @@ async def test_a_tree_whose_server_is_drained_says_so_and_shows_the_next_one(
                 assert await terminal.ends() == 131
 
 
-async def test_a_drain_waits_until_all_workers_and_their_master_are_gone(
+async def test_a_drain_that_is_waited_for_ends_once_no_worker_takes_clients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LASTCALL_API_KEY", ADMIN_KEY)
-    (tmp_path / "lastcall.toml").write_text(API_KEYS)
+    (tmp_path / "lastcall.toml").write_text(API_KEYS + CONFIG)
     env = {"LASTCALL_BIND": "127.0.0.1:0", "LASTCALL_STORE_URL": f"sqlite:{tmp_path}/lastcall.db"}
-    env |= {"LASTCALL_MODEL_URL": "scripted:", "LASTCALL_RELEASE_TIMEOUT_S": "30"}  # on a busy machine, too
+    env |= {"LASTCALL_DRAIN_TIMEOUT_S": "1", "LASTCALL_RELEASE_TIMEOUT_S": "30"}  # on a busy machine, too
     launch = Launch(python_command("-m", "service", "serve", "--workers", "2"), env=env, workers=2, folder=tmp_path)
     async with open_server(launch, log_path=tmp_path / "server.log", start_timeout_s=CAP_S) as server:
         workers = await server.wait_workers(2)
         url = f"http://127.0.0.1:{server.port}"
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=CAP_S, trust_env=False) as http:
+            # A turn without an end: the drain lasts, and the server takes clients until it is over.
+            (await http.post("/sessions", json={"id": "oak", "model": "endless"})).raise_for_status()
+            begun = {"input": "Go", "background": True}
+            (await http.post("/sessions/oak/turns", json=begun)).raise_for_status()
         async with program("-m", "service", "drain", "--wait", "--url", url, folder=tmp_path) as (drain, output):
             await output.until("The server at .* drains; 2 processes stop as at SIGTERM: .*gone after [0-9.]+ s\n")
             assert await drain.wait() == 0
-        assert not any(map(lives, workers))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port)).close()
         with trio.fail_after(CAP_S):
             gone = await server.wait_gone()
     assert gone.exit_code == 0
+    assert not any(map(lives, workers))
 
 
 class _DrainedServer:
