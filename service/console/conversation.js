@@ -420,7 +420,7 @@ export class Conversation {
   }
 
   #retry(view) {
-    if (!this.#mayBegin()) return;
+    if (!view.turn || !this.#mayBegin()) return; // the record of a reply that has just ended is read at this moment
     const { id, parent, input } = view.turn;
     const outputs = outputsOf(view.turn);
     this.#begin({ retry: id, parent, input: outputs.length > 0 ? outputs : input });

@@ -33,6 +33,7 @@ async def test_a_keyboard_is_enough(tabs: Tabs) -> None:
     await chat.replies("0 1 2 3")
     await page.press("Escape")
     await chat.is_in("cancelled")
+    await chat.has("Edit", ".tools")
     await page.get("document.activeElement.blur()")
     await page.press("?")
     await chat.has("write a message", "dialog")

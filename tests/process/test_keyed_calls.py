@@ -19,6 +19,7 @@ from tests.upstreams.raw_server import Connection, delta, finish, open_raw_serve
 pytestmark = pytest.mark.parallel
 
 CALLS = 200
+ENDS = ("turn.completed", "turn.interrupted")
 TABLES = ("sessions", "turns", "idempotency_keys")
 
 
@@ -62,7 +63,7 @@ class Callers:
                 nursery.start_soon(self._call, number % 2 == 0)
 
     async def _call(self, streams: bool) -> None:
-        has_begun, turn, text = False, "", ""
+        has_begun = False
         while True:
             try:
                 headers = self._key | (SSE if streams else {})
@@ -75,15 +76,16 @@ class Callers:
                     if streams and not has_begun:
                         has_begun = True
                         self._note_begun()
-                    turn = response.headers["location"]
                     text = (await response.aread()).decode()
-                break
+                last = json.loads(text.strip().rpartition("data: ")[2])
+                if "state" in last or last["type"] in ENDS:
+                    self.turns.add(response.headers["location"])
+                    self.ends.add(last["state"] if "state" in last else last["type"].removeprefix("turn."))
+                    return
+                self.cut += 1  # the worker that runs the turn was silent for too long
             except httpx.TransportError:  # the worker has died
                 self.cut += 1
                 await trio.sleep(0.05)
-        self.turns.add(turn)
-        last = json.loads(text.strip().rpartition("data: ")[2])
-        self.ends.add(last["state"] if "state" in last else last["type"].removeprefix("turn."))
 
     def _note_begun(self) -> None:
         self.begun += 1
@@ -134,6 +136,7 @@ async def test_many_calls_with_one_key_make_one_turn_and_one_call_of_the_model_a
                         os.kill(owner_of(tmp_path / "lastcall.db", path.removesuffix("/turns")), signal.SIGKILL)
             assert len(callers.turns) == 1
             assert callers.ends == {"completed" if number == 1 else "interrupted"}
-            assert callers.cut == 0 or number > 1
+            # An overloaded machine may silence a worker for three seconds; the others tell of it then.
+            assert callers.cut == 0 or number > 1 or "another worker hangs" in server.log()
             assert model.calls == 1
             assert stored(tmp_path) == [number, number, number]
