@@ -4,7 +4,14 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ("tests.leak_checks", "tests.lanes", "tests.machine", "tests.postgres_server", "tests.reserved_port")
+pytest_plugins = (
+    "tests.httpx_bodies",
+    "tests.leak_checks",
+    "tests.lanes",
+    "tests.machine",
+    "tests.postgres_server",
+    "tests.reserved_port",
+)
 
 # No deadlines by the wall clock; the same examples in every CI run, new ones on a developer's machine.
 settings.register_profile(

@@ -760,9 +760,11 @@ class Client:
             named["Lastcall-Owner"] = self._owner
         bounds = self.bounds
         timeout = httpx.Timeout(bounds.timeout_s, connect=bounds.connect_timeout_s)
-        return self._http.build_request(
+        request = self._http.build_request(
             method, f"{self.url}{path}", json=body, params=params, headers=named, timeout=timeout
         )
+        request.stream = _Body(request.content)
+        return request
 
     async def _answer(self, request: httpx.Request) -> httpx.Response:
         """The whole answer. Raises: LastcallError, if there is none in time."""
@@ -775,6 +777,30 @@ class Client:
         request.extensions["timeout"] |= {"read": bounds.silence_s}
         with _Faults(), anyio.fail_after(bounds.connect_timeout_s + bounds.silence_s):
             return await self._http.send(request, stream=True)
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of a request, in one piece.
+
+    httpx' own is a generator, which a connection that breaks within the body, or a cancelled call, leaves to the
+    garbage collector: Trio warns (https://github.com/encode/httpx/issues/3686).
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return _Pieces(iter((self._content,)))
+
+
+class _Pieces(AsyncIterator[bytes]):
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    async def __anext__(self) -> bytes:
+        for piece in self._pieces:
+            return piece
+        raise StopAsyncIteration
 
 
 class _Closed:

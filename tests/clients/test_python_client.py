@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import httpx
+import pytest
 import trio
 from lastcall_client import Client, Waiting
 
@@ -18,11 +19,13 @@ from tests.clients.scenarios import (
     Exchange,
     Scenario,
     hangs,
+    no_answer,
     replays,
     says,
     serve_scenario,
 )
-from tests.upstreams.raw_server import RawServer, open_raw_server
+from tests.httpx_bodies import HTTPX_OWN
+from tests.upstreams.raw_server import Connection, RawServer, open_raw_server
 
 CAP_S = 60
 """Bound of a test; not a promise of the client."""
@@ -92,3 +95,29 @@ async def test_a_turn_is_not_cancelled_before_the_stream_knows_it() -> None:
             raise AssertionError("a turn that is not known was cancelled")
         await anext(stream)
         assert (stream.session_id, stream.turn_id) == ("me", TURN)
+
+
+async def test_a_call_that_breaks_off_within_its_body_leaves_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks_off(connection: Connection) -> None:
+        await connection.stream.receive_some(1)
+        if connection.number == 0:
+            connection.reset_when_closed()
+        else:
+            scope.cancel()
+            await trio.sleep_forever()
+
+    monkeypatch.setattr(httpx.ByteStream, "__aiter__", HTTPX_OWN)
+    waits: list[Waiting] = []
+    with trio.fail_after(CAP_S):
+        async with open_raw_server(breaks_off) as server, Client(server.url, on_wait=waits.append) as client:
+            with trio.CancelScope() as scope:
+                await client.start_turn("me", "x" * 16_000_000)
+            assert scope.cancelled_caught
+    assert [it.error.code for it in waits] == ["unreachable"]
+
+
+async def test_a_body_is_sent_whole_in_each_attempt() -> None:
+    acts = [no_answer, says({"id": TURN})]
+    async with open_acting(*acts) as (server, seen), Client(server.url) as client:
+        await client.start_turn("me", "Grüße")
+    assert [it.request.json["input"] for it in seen] == ["Grüße"] * 2
