@@ -42,9 +42,7 @@ class Reply:
             await self._connection.send_event(delta(token))
 
     async def end(self) -> None:
-        await self._connection.send_event(finish())
-        await self._connection.send_event(DONE)
-        await self._connection.end_body()
+        await self._connection.send_last_events(finish(), DONE)
 
 
 class Model:

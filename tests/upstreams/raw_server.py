@@ -91,12 +91,18 @@ class Connection:
 
     async def send_body(self, data: bytes) -> None:
         """Send a part of the body, as one HTTP chunk where they are used."""
-        await self.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        await self.send(self._framed(data))
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     async def send_event(self, payload: object) -> None:
         """Send one server-sent event; what is not bytes is encoded as JSON."""
-        data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        await self.send_body(b"data: %b\n\n" % data)
+        await self.send_body(_event(payload))
+
+    async def send_last_events(self, *payloads: object) -> None:
+        """Send events and the end of the chunked body in one piece: a client that leaves at the last event has all."""
+        await self.send(self._framed(b"".join(_event(it) for it in payloads)) + b"0\r\n\r\n")
 
     async def end_body(self) -> None:
         """End the response, and keep the connection for another request."""
@@ -123,6 +129,10 @@ class Connection:
                 pass
         except trio.BrokenResourceError:
             pass
+
+
+def _event(payload: object) -> bytes:
+    return b"data: %b\n\n" % (payload if isinstance(payload, bytes) else json.dumps(payload).encode())
 
 
 class RawServer:
