@@ -246,16 +246,18 @@ class Hosting(Host):
                     await send({"type": "lifespan.startup.complete"})
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
-                    nursery.start_soon(self._announce, service)
-                    if (reports := service.shutdown_reports) is not None:
-                        # Beside the start: a disk that hangs holds nothing up.
-                        self._history = reports.history
-                        nursery.start_soon(reports.note_started)
-                        nursery.start_soon(reports.measure_last, self._metrics)
-                    nursery.start_soon(self._unread_answers.run)
-                    nursery.start_soon(self._leave_clients_to_others)
-                    await self._shutdown.reached(Phase.RELEASING)
-                    await self._stop_serving()
+                    async with trio.open_nursery() as beside:  # an error of these tasks is a crash of the service
+                        beside.start_soon(self._announce, service)
+                        if (reports := service.shutdown_reports) is not None:
+                            # Beside the start: a disk that hangs holds nothing up.
+                            self._history = reports.history
+                            beside.start_soon(reports.note_started)
+                            beside.start_soon(reports.measure_last, self._metrics)
+                        beside.start_soon(self._unread_answers.run)
+                        beside.start_soon(self._leave_clients_to_others)
+                        await self._shutdown.reached(Phase.RELEASING)
+                        await self._stop_serving()
+                        beside.cancel_scope.cancel()
                 finally:
                     detach(self._app)
                     self._watchdog.start()

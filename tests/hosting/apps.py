@@ -237,6 +237,16 @@ async def with_listeners_that_do_not_close(*args: Any, **options: Any) -> AsyncI
 
 
 @asynccontextmanager
+async def failing_beside(*args: Any, **options: Any) -> AsyncIterator[Service]:
+    async def fail(_: lifespan.Hosting, _service: Service) -> None:
+        raise RuntimeError("not thought of")
+
+    setattr(lifespan.Hosting, "_announce", fail)  # noqa: B010
+    async with open_service(*args, **options) as service:
+        yield service
+
+
+@asynccontextmanager
 async def faulty(*args: Any, **options: Any) -> AsyncIterator[Service]:
     async with open_service(*args, **options) as service:
         yield service

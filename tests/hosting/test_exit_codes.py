@@ -53,6 +53,16 @@ async def test_a_crash_of_a_supervisor_is_71(tmp_path: Path, host: str) -> None:
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.parametrize("host", [SERVE, "configured-1"])
+async def test_an_error_of_a_task_beside_the_service_is_71(tmp_path: Path, host: str) -> None:
+    async with open_host(tmp_path, host, broken="failing_beside") as server:
+        with trio.fail_after(CAP_S):
+            gone = await server.wait_gone()
+    assert gone.exit_code == 71
+    assert "not thought of" in server.log()
+    assert "Traceback" not in server.log()
+
+
 @pytest.mark.serial
 @pytest.mark.parametrize(
     ("how", "host"),

@@ -43,10 +43,14 @@ class Listeners:
 
     Attributes:
         open: Set once clients are served.
+        addresses: The listeners' addresses, once they are open: ``host:port`` or ``unix:path``.
+        secure_addresses: Those of the listeners that speak TLS.
     """
 
     def __init__(self, given: Sequence[bool], *, accepted_max: int = ACCEPTED_MAX) -> None:
         self.open = trio.Event()
+        self.addresses: Sequence[str] = ()
+        self.secure_addresses: Sequence[str] = ()
         self._given = given
         self._accepted_max = accepted_max
         self._listeners: list[Listener] = []
@@ -66,16 +70,6 @@ class Listeners:
     def sockets(self) -> list[trio.socket.SocketType]:
         return [_socket_of(listener) for listener in self._listeners]
 
-    @property
-    def addresses(self) -> list[str]:
-        """The listeners' addresses: ``host:port`` or ``unix:path``."""
-        return [_address(it) for it in self._listeners]
-
-    @property
-    def secure_addresses(self) -> list[str]:
-        """The addresses of the listeners that speak TLS."""
-        return [_address(it) for it in self._listeners if isinstance(it, trio.SSLListener)]
-
     async def serve_listeners(
         self,
         handler: Callable[[Stream], Awaitable[object]],
@@ -87,6 +81,8 @@ class Listeners:
         self._listeners, self._handler, self._nursery = listeners, handler, handler_nursery
         for listening in self.sockets:
             listening.listen(BACKLOG_MAX)
+        self.addresses = [_address(it) for it in listeners]
+        self.secure_addresses = [_address(it) for it in listeners if isinstance(it, trio.SSLListener)]
         self.open.set()
         try:
             with self._accepting:

@@ -281,6 +281,18 @@ async def test_a_given_socket_is_not_shut_down(serve: Serve) -> None:
                     each.close()
 
 
+async def test_the_addresses_are_known_also_after_the_sockets_are_closed(serve: Serve, listeners: Listeners) -> None:
+    assert listeners.addresses == ()
+    async with serve(an_app()) as server:
+        with trio.fail_after(10):
+            await listeners.open.wait()
+            [listening] = listeners.sockets
+            listeners.stop_accepting(refuse_waiting=True)
+            while listening.fileno() >= 0:
+                await trio.lowlevel.checkpoint()
+    assert (listeners.addresses, listeners.secure_addresses) == ([f"127.0.0.1:{server.port}"], [])
+
+
 async def test_clients_that_wait_are_served_with_tls_too(serve: Serve, listeners: Listeners, tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
