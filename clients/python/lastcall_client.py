@@ -788,19 +788,17 @@ class _Body(httpx.AsyncByteStream):
 
     def __init__(self, content: bytes) -> None:
         self._content = content
+        self._is_sent = False
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return _Pieces(iter((self._content,)))
-
-
-class _Pieces(AsyncIterator[bytes]):
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
+    def __aiter__(self) -> Self:
+        self._is_sent = False  # a request may be sent again
+        return self
 
     async def __anext__(self) -> bytes:
-        for piece in self._pieces:
-            return piece
-        raise StopAsyncIteration
+        if self._is_sent:
+            raise StopAsyncIteration
+        self._is_sent = True
+        return self._content
 
 
 class _Closed:
