@@ -246,21 +246,25 @@ class Hosting(Host):
                     await send({"type": "lifespan.startup.complete"})
                     nursery.start_soon(self._receive_shutdown, receive)
                     nursery.start_soon(self._notice.watch_hypercorn, self._worker.context)
-                    async with trio.open_nursery() as beside:  # an error of these tasks is a crash of the service
-                        beside.start_soon(self._announce, service)
-                        if (reports := service.shutdown_reports) is not None:
-                            # Beside the start: a disk that hangs holds nothing up.
-                            self._history = reports.history
-                            beside.start_soon(reports.note_started)
-                            beside.start_soon(reports.measure_last, self._metrics)
-                        beside.start_soon(self._unread_answers.run)
-                        beside.start_soon(self._leave_clients_to_others)
-                        await self._shutdown.reached(Phase.RELEASING)
-                        await self._stop_serving()
-                        beside.cancel_scope.cancel()
+                    await self._run_beside(service)
                 finally:
                     detach(self._app)
                     self._watchdog.start()
+
+    async def _run_beside(self, service: Service) -> None:
+        """Run what goes on beside the service, until the server has stopped. An error of these tasks is a crash."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, service)
+            if (reports := service.shutdown_reports) is not None:
+                # Beside the start: a disk that hangs holds nothing up.
+                self._history = reports.history
+                nursery.start_soon(reports.note_started)
+                nursery.start_soon(reports.measure_last, self._metrics)
+            nursery.start_soon(self._unread_answers.run)
+            nursery.start_soon(self._leave_clients_to_others)
+            await self._shutdown.reached(Phase.RELEASING)
+            await self._stop_serving()
+            nursery.cancel_scope.cancel()
 
     def _describe(self, notes: Notes) -> Steps[None]:
         """Tell the live tree of hypercorn's nursery."""
